@@ -1,0 +1,341 @@
+/* The NAT core: packets in, verdicts and changed bytes out. This is all that a shell (io/) may include.
+ *
+ * The core is pure. Memory, time, seed and what is known of the world outside (routes, own addresses) are
+ *arguments; there is no heap, no clock, no system call, no global. A shell owns packets and time, the core
+ *owns the decision:
+ *
+ *	struct nat_policy *policy = nat_policy_init(mem, &config, NULL);        what to do (immutable, swapped
+ *by reload) struct nat_table *table = nat_table_init(shared, size, ...);            session records (outlive
+ *the process) struct nat_engine *e = nat_engine_init(mem, &params);                   one per worker
+ *
+ *	nat_engine_run(e, pkt, n, now_ns);        one burst: each packet gets exactly one verdict
+ *	while (nat_engine_next(e, &out))          then: packets the engine made, and held packets it lets go
+ *		...
+ *
+ * Addresses and ports are in network byte order and end in _be, or in host order and have no such ending.
+ * Terms (mapping, session, inside, outside, zone, pool) are those of RFC 4787, RFC 6888 and
+ *dataplane/README.md.
+ */
+#ifndef NAT_H
+#define NAT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "reason.h"
+
+#define NAT_BURST_MAX      64u /* packets in one nat_engine_run() */
+#define NAT_INTERFACES_MAX 64u
+#define NAT_WORKERS_MAX    64u
+#define NAT_NAME_MAX       32u  /* interface, pool; with the closing zero */
+#define NAT_MADE_BYTES_MAX 576u /* RFC 1812 4.3.2.3: an ICMP error is at most this long */
+
+/* ---- configuration: what ctl/config.c reads out of dsnatd.yaml
+ * ------------------------------------------------- */
+
+enum nat_role { NAT_ROLE_INSIDE, NAT_ROLE_OUTSIDE };
+enum nat_path { NAT_PATH_DPDK, NAT_PATH_NFQUEUE };
+enum nat_mapping_kind { NAT_ENDPOINT_DEPENDENT, NAT_ENDPOINT_INDEPENDENT };
+enum nat_filtering { NAT_FILTER_ENDPOINT_INDEPENDENT, NAT_FILTER_ADDRESS, NAT_FILTER_ADDRESS_AND_PORT };
+enum nat_select { NAT_SELECT_ROUND_ROBIN, NAT_SELECT_PAIRED };
+enum nat_announce { NAT_ANNOUNCE_AUTO, NAT_ANNOUNCE_ARP, NAT_ANNOUNCE_NONE };
+enum nat_action { NAT_ACTION_POOL, NAT_ACTION_DROP, NAT_ACTION_PASS };
+enum nat_midflow { NAT_MIDFLOW_DROP, NAT_MIDFLOW_RESET, NAT_MIDFLOW_ADOPT };
+enum nat_refusal { NAT_REFUSAL_SILENT, NAT_REFUSAL_ICMP_ADMIN, NAT_REFUSAL_ICMP_HOST }; /* none, 3/13, 3/1 */
+
+struct nat_interface_config {
+	char name[NAT_NAME_MAX];
+	char device[128]; /* PCI address or vdev ("net_tap0,iface=..."); empty: none */
+	enum nat_role role;
+	enum nat_path path;
+	uint16_t mtu_bytes; /* 0: the device's own */
+};
+
+struct nat_range { /* addresses first..last inclusive, host order */
+	uint32_t first, last;
+};
+
+struct nat_prefix { /* host order; 0.0.0.0/0 matches all */
+	uint32_t address;
+	uint8_t length_bits;
+};
+
+struct nat_pool_config {
+	char name[NAT_NAME_MAX];
+	const struct nat_range *ranges; /* in the file's order, which is the round-robin order */
+	uint32_t n_ranges;
+	const struct nat_range *drain; /* addresses of the pool that take no new sessions */
+	uint32_t n_drain;
+	uint16_t port_first, port_last;
+	enum nat_mapping_kind mapping;
+	enum nat_filtering filtering; /* endpoint-independent mapping only */
+	enum nat_select select;
+	enum nat_announce announce;
+	uint32_t active_while_be; /* 0: always active */
+};
+
+struct nat_zone_config {
+	struct nat_prefix source, destination;
+	enum nat_action action;
+	uint32_t pool;            /* index into pools, for NAT_ACTION_POOL */
+	uint16_t mss_clamp_bytes; /* 0: off */
+};
+
+struct nat_timeouts { /* seconds */
+	uint32_t tcp_established_s, tcp_opening_s, tcp_closing_s, udp_s, udp_one_way_s, dns_s, icmp_s, hold_s;
+};
+
+struct nat_limits { /* 0: none */
+	uint32_t sessions_per_host, new_per_host_per_s;
+	uint32_t icmp_errors_per_s; /* made by the gateway, per worker */
+	uint32_t fragments;         /* datagrams in fragments followed at once, per worker */
+};
+
+struct nat_config {
+	uint32_t workers; /* 0: auto */
+	uint64_t max_sessions;
+	const struct nat_interface_config *interfaces;
+	uint32_t n_interfaces;
+	const struct nat_pool_config *pools;
+	uint32_t n_pools;
+	const struct nat_zone_config *zones;
+	uint32_t n_zones;
+	struct nat_limits limits;
+	struct nat_timeouts timeouts;
+	enum nat_midflow tcp_midflow;
+	enum nat_refusal refusal; /* what the host is told when no session can be made (RFC 5508 REQ-8, RFC
+				     6888 REQ-11B) */
+};
+
+/* ---- policy: the configuration made ready for packets
+ * ----------------------------------------------------------- */
+
+struct nat_policy;
+
+/* Bytes that nat_policy_init() needs. */
+size_t nat_policy_size(const struct nat_config *config);
+
+/* `mem` is aligned to 64 bytes and at least nat_policy_size() long. `previous` (may be NULL) gives
+ * round-robin cursors and pool activity to zones and pools of the same content and name, so that a reload
+ * does not start again at the first address. `config` and what it points to are not needed afterwards. */
+struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
+				   const struct nat_policy *previous);
+
+/* For the pool key `active_while`; may be called while workers run. */
+void nat_policy_set_active(struct nat_policy *policy, uint32_t pool, bool active);
+bool nat_policy_is_active(const struct nat_policy *policy, uint32_t pool);
+
+/* Is this an address of a pool? Gives the pool's index, or -1. */
+int32_t nat_policy_pool_of(const struct nat_policy *policy, uint32_t address_be);
+
+/* ---- packets
+ * ---------------------------------------------------------------------------------------------------- */
+
+enum nat_verdict {
+	NAT_FORWARD, /* send it: bytes are final, `hop` says where; in the made packets too */
+	NAT_PASS,    /* give it to the kernel unchanged */
+	NAT_DROP,    /* free it */
+	NAT_HOLD, /* the core keeps `l3` and `cookie` until nat_engine_next() gives them back: do not touch or
+		     free */
+	NAT_HANDOVER, /* give it, unchanged, to worker `owner` */
+};
+
+/* What the shell knows of a packet, `flags` in. */
+#define NAT_PKT_IP_CSUM_GOOD 0x0001u /* the port has verified the IPv4 header checksum */
+#define NAT_PKT_CSUM_PARTIAL                                                                                 \
+	0x0002u /* the TCP/UDP checksum field holds only the pseudo-header sum (the kernel's                 \
+		   CHECKSUM_PARTIAL, seen on tap and nfqueue): keep it partial */
+#define NAT_PKT_KERNEL_ROUTES                                                                                \
+	0x0004u /* the kernel forwards it: it decrements TTL and checks the MTU, the core does not */
+#define NAT_PKT_TAKEN_OVER 0x0008u /* another worker handed it over */
+
+/* Where a packet goes next. The shell fills it in nat_world.route(); the core copies it into the packet. */
+enum nat_hop_kind {
+	NAT_HOP_NONE,    /* no route */
+	NAT_HOP_FORWARD, /* over `iface` to `next_hop_be` */
+	NAT_HOP_LOCAL,   /* an address of the gateway itself */
+	NAT_HOP_KERNEL,  /* over an interface that the kernel owns: the translated packet is handed to the
+			    kernel */
+	NAT_HOP_PROHIBIT /* blackhole, unreachable or prohibit route */
+};
+struct nat_hop {
+	uint32_t next_hop_be;
+	uint16_t mtu_bytes; /* 0: not known, no check */
+	uint8_t iface;      /* index into nat_config.interfaces; for NAT_HOP_KERNEL only its role counts */
+	uint8_t kind;       /* enum nat_hop_kind */
+};
+
+struct nat_tuple { /* of one direction of one flow, as the side that looks it up sees it */
+	uint32_t local_be, remote_be;
+	uint16_t local_port_be, remote_port_be; /* ICMP echo: the identifier, and 0 */
+	uint8_t protocol;                       /* IPPROTO_TCP, IPPROTO_UDP, IPPROTO_ICMP */
+	uint8_t zero[3];
+};
+_Static_assert(sizeof(struct nat_tuple) == 16, "hashed as bytes: no hidden padding");
+
+struct nat_pkt {
+	/* in */
+	uint8_t *l3;        /* first byte of the IPv4 header; writable */
+	void *cookie;       /* the shell's own; carried, never read */
+	uint32_t len_bytes; /* readable bytes at l3; more than the IPv4 total length is link padding */
+	uint16_t flags;     /* NAT_PKT_* */
+	uint8_t iface;      /* where it came in: index into nat_config.interfaces */
+	/* out */
+	uint8_t verdict;    /* enum nat_verdict */
+	uint8_t reason;     /* enum nat_reason */
+	uint8_t owner;      /* NAT_HANDOVER: the worker */
+	uint8_t made;       /* 1: made by the engine itself (nat_engine_next() only) */
+	uint8_t settled;    /* the core's: a verdict is in, later stages skip it */
+	struct nat_hop hop; /* NAT_FORWARD: where to */
+	/* between the core's stages */
+	struct nat_tuple tuple;
+	uint64_t hash;
+	uint32_t session; /* record number, or NAT_NO_SESSION */
+	uint32_t zone;
+	uint16_t total_bytes; /* IPv4 total length */
+	uint16_t l4_offset;
+	uint8_t stage_flags;
+	uint8_t tcp_flags;
+	uint16_t l4_bytes;
+};
+
+#define NAT_NO_SESSION UINT32_MAX
+
+/* ---- what the shell tells the core about the world
+ * -------------------------------------------------------------- */
+
+struct nat_world {
+	void *context;
+	/* Routes for n destinations (network order), n <= NAT_BURST_MAX. Must not block. */
+	void (*route)(void *context, const uint32_t *destination_be, struct nat_hop *hop, uint32_t n);
+	/* The gateway's own address on an interface, 0 if it has none: the source of the ICMP errors it
+	 * makes. */
+	uint32_t (*own_address)(void *context, uint8_t iface);
+};
+
+/* ---- session records: memory that outlives the process
+ * ---------------------------------------------------------- */
+
+struct nat_table;
+
+/* Bytes for a table of `max_sessions` records. The memory is position-independent (record numbers, no
+ * pointers) and carries its layout's version. */
+size_t nat_table_size(uint64_t max_sessions);
+
+/* Makes a new table, or adopts the one that is in `mem` already (`adopted` says which). Returns NULL when
+ * `mem` holds a table of another layout version or size: `why` then points to a constant sentence. `mem` is
+ * aligned to 64 bytes; fresh memory must be zero. */
+struct nat_table *nat_table_init(void *mem, size_t size_bytes, uint64_t max_sessions, uint64_t seed,
+				 bool *adopted, const char **why);
+
+/* ---- the engine
+ * ------------------------------------------------------------------------------------------------- */
+
+struct nat_engine;
+
+struct nat_engine_params {
+	struct nat_table *table;
+	struct nat_policy *policy;
+	struct nat_world world;
+	uint64_t max_sessions; /* of this worker's index; the table's, divided as the shell likes */
+	uint64_t seed;         /* ports and hashes: same seed, same input, same output */
+	uint64_t now_ns;
+	uint32_t worker, n_workers;
+};
+
+size_t nat_engine_size(const struct nat_engine_params *params);
+
+/* `mem` is aligned to 64 bytes. Sessions that the table already holds for this worker are indexed again. */
+struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *params);
+
+/* One burst, n <= NAT_BURST_MAX. On return every packet has a verdict. now_ns never runs backwards. */
+void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint64_t now_ns);
+
+/* Time without packets: ageing, held fragments that timed out. nat_engine_run() includes it. */
+void nat_engine_tick(struct nat_engine *e, uint64_t now_ns);
+
+/* What the last run or tick left to send or free beside the burst: packets that the engine made (made = 1, at
+ * most NAT_MADE_BYTES_MAX bytes at l3, cookie NULL; the bytes stay valid until the next run or tick: copy
+ * them), and held packets that are now forwarded or dropped (cookie and l3 are the shell's own again).
+ * Returns false when there is none. Call until it does, after each run and tick. */
+bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out);
+
+/* The new policy holds from the next burst on. The shell frees the old one when every worker has passed. */
+void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy);
+
+/* ---- counters
+ * --------------------------------------------------------------------------------------------------- */
+
+/* received + taken_over = forwarded + passed + sum(dropped) + handed_over + held, at any moment between
+ * bursts. The shell that cannot send what the core forwarded says so with nat_engine_undo(), so that the
+ * equation holds to the wire. */
+struct nat_counters {
+	uint64_t received, taken_over;
+	uint64_t forwarded, passed, handed_over, held;
+	uint64_t made;                     /* packets that the engine made itself */
+	uint64_t reason[NAT_REASON_COUNT]; /* drops by reason; passes by reason too (not part of `dropped`) */
+	uint64_t sessions_created, sessions_expired, sessions_closed;
+	uint64_t sessions;            /* live now */
+	uint64_t bytes_out, bytes_in; /* IPv4 bytes forwarded inside -> outside, outside -> inside */
+};
+const struct nat_counters *nat_engine_counters(const struct nat_engine *e);
+
+/* A packet with verdict NAT_FORWARD or NAT_PASS was not delivered after all: it is counted as dropped for
+ * `reason`. */
+void nat_engine_undo(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_reason reason);
+
+/* A packet that the shell receives but the core never sees (not IPv4, given to the twin): counted received
+ * and passed. */
+void nat_engine_bypass(struct nat_engine *e, enum nat_verdict verdict, enum nat_reason reason);
+
+const char *nat_reason_name(enum nat_reason reason);
+const char *nat_reason_meaning(enum nat_reason reason);
+const char *nat_reason_advice(enum nat_reason reason);
+enum nat_verdict nat_reason_verdict(enum nat_reason reason);
+
+/* ---- looking at the tables (control socket; from the worker's own thread, or stopped)
+ * ------------------------------ */
+
+struct nat_session_view {
+	struct nat_tuple inside; /* host and remote */
+	uint32_t out_addr_be;
+	uint16_t out_port_be;
+	uint16_t zone_id, pool_id; /* stable ids: nat_policy_zone_id(), nat_policy_pool_id() */
+	const char *state;         /* "opening", "established", "closing", "one_way", "two_way" */
+	uint32_t age_s, idle_s, expires_s;
+	uint64_t bytes_out, bytes_in;
+	uint32_t record;
+	uint8_t worker;
+};
+
+/* Visits up to `budget` records of this worker from *cursor on (start with 0); `visit` returns false to stop
+ * early. Returns false when the end was reached. Sessions that begin or end meanwhile may be seen or not. */
+bool nat_engine_sessions(struct nat_engine *e, uint64_t *cursor, uint32_t budget, uint64_t now_ns,
+			 bool (*visit)(void *context, const struct nat_session_view *view), void *context);
+
+/* Ends a session (dsnatctl clear). False when the record holds none. */
+bool nat_engine_clear(struct nat_engine *e, uint32_t record);
+
+struct nat_address_view {
+	uint32_t address_be;
+	uint32_t pool;     /* index in the policy */
+	uint64_t sessions; /* live, of this worker */
+	uint64_t created;  /* since the policy first had the address */
+	uint64_t refused;  /* times the address had no free port for the remote that was asked */
+	bool draining;
+};
+/* The i-th address over all pools of the current policy, in configuration order; false past the end. */
+bool nat_engine_address(const struct nat_engine *e, uint32_t i, struct nat_address_view *view);
+
+struct nat_zone_view {
+	struct nat_zone_config config;
+	uint16_t id;
+	uint64_t created, refused; /* sessions, of this worker */
+};
+bool nat_engine_zone(const struct nat_engine *e, uint32_t i, struct nat_zone_view *view);
+
+uint16_t nat_policy_pool_id(const struct nat_policy *policy, uint32_t pool);
+const char *nat_policy_pool_name(const struct nat_policy *policy, uint32_t pool);
+
+#endif
