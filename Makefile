@@ -1,0 +1,59 @@
+# One verb per job. Each line only calls meson, pytest, ruff or a tool in its room; the logic lives there.
+# Everything made goes to .build/ (and .venv/ for Python). Bare `make` lists the verbs.
+
+PYTHON := .venv/bin/python
+PYTEST := .venv/bin/pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test test-unit test-net test-image lint fmt image audit boot flash clean
+
+help: ## list the verbs
+	@awk -F':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  %-11s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
+
+setup: ## install Debian packages and the Python environment; says what it will do first
+	@tests/setup.sh
+
+build: setup .build/engine/build.ninja .build/engine-debug/build.ninja ## compile the engine: release, and with ASan and UBSan
+	@ninja -C .build/engine && ninja -C .build/engine-debug
+
+.build/engine/build.ninja:
+	@meson setup .build/engine dataplane --buildtype=release
+
+.build/engine-debug/build.ninja:
+	@meson setup .build/engine-debug dataplane --buildtype=debug -Db_sanitize=address,undefined
+
+demo: setup ## build, boot, provision and translate, end to end; KEEP=1 leaves the lab up
+	@$(PYTHON) -m tests.system.demo $(if $(KEEP),--keep)
+
+test: build ## all three rings: unit, net, image
+	@$(PYTEST)
+
+test-unit: build ## ring 1: lint, types, C data structures, replay; no root, under a minute
+	@$(PYTEST) -m unit
+
+test-net: build ## ring 2: real programs in network namespaces; root
+	@$(PYTEST) -m net
+
+test-image: build ## ring 3: the image in QEMU; root
+	@$(PYTEST) -m image
+
+lint: build ## ruff, mypy --strict, clang-format, and the rules of the house
+	@$(PYTEST) tests/repo
+
+fmt: setup ## format Python and C in place
+	@.venv/bin/ruff format && .venv/bin/ruff check --fix && git ls-files '*.[ch]' | xargs .venv/bin/clang-format -i
+
+image: setup ## build the gateway image into .build/image
+	@$(PYTHON) -m image.build
+
+audit: setup ## inspect the built image: packages, size, units, keys
+	@$(PYTHON) -m image.audit
+
+boot: setup ## boot the built image in QEMU with its serial console here
+	@$(PYTHON) -m image.boot
+
+flash: setup ## write the built image to DEVICE=/dev/...
+	@$(PYTHON) -m image.flash $(DEVICE)
+
+clean: ## remove everything that was built; .venv stays
+	@rm -rf .build

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# The set-up for a fresh Debian 12 or 13, and a fast no-op on a machine that has everything.
+#
+# It installs two things and says so first: Debian packages (with apt-get, needs root) and the Python environment
+# .venv from provision/requirements.lock, every file checked against its hash. Nothing else on the machine changes:
+# services of packages that were not there before are neither started now nor at the next boot.
+#
+# Exit status: 0 done, or nothing to do; 1 a step failed (its last lines are shown); 3 packages are missing and we are
+# not root (the one line to run is printed); 4 not enough disk space; 5 not a Debian that we know how to set up.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(
+	# the engine
+	gcc libc6-dev meson ninja-build pkgconf libdpdk-dev libyaml-dev libjansson-dev libmnl-dev libnetfilter-queue-dev
+	libnftnl-dev libpcap-dev libsystemd-dev clang
+	# the image: mkosi itself comes in its own tools tree
+	mmdebstrap debian-archive-keyring binutils bmap-tools zstd qemu-system-x86 qemu-utils ovmf
+	# the Python tools
+	python3 python3-venv ca-certificates
+	# the proof: namespaces, real clients and servers
+	iproute2 procps nftables iptables ethtool tcpdump traceroute iputils-ping curl nginx iperf3 bind9-dnsutils
+	dnsmasq-base keepalived openssh-client openssh-server git make
+)
+services=(nginx:nginx keepalived:keepalived openssh-server:ssh) # package:unit, for packages that bring a service
+
+packages_need_mib=3000 # in /, for all packages on a bare system
+tree_needs_mib=6000    # in the checkout: tools tree, package cache, image, logs
+
+say() { printf 'setup: %s\n' "$*"; }
+die() { local status=$1; shift; printf 'setup: %s\n' "$*" >&2; exit "$status"; }
+
+free_mib() { df --output=avail -m "$1" | tail -n 1 | tr -d ' '; }
+enough_space() { # directory, MiB, for what
+	local have; have=$(free_mib "$1")
+	[ "$have" -ge "$2" ] || die 4 "$1 has $have MiB free but $3 needs $2 MiB; free some space and run again"
+}
+
+missing_packages() {
+	local have; have=$(dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' "${packages[@]}" 2>/dev/null | sed -n 's/^ii *//p')
+	printf '%s\n' "${packages[@]}" | grep -Fxv -f <(printf '%s\n' "$have" none) || true
+}
+
+# Debian starts a package's service as soon as it is unpacked. A policy-rc.d that says no keeps nginx, keepalived and
+# sshd from opening ports on the operator's machine; an existing policy of the operator's is left alone.
+install_packages() {
+	local missing=("$@") log=.build/setup-apt.log item policy=/usr/sbin/policy-rc.d
+	export DEBIAN_FRONTEND=noninteractive
+	if [ ! -e "$policy" ]; then
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod +x "$policy"
+		trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+	fi
+	local apt=(apt-get -q -o DPkg::Lock::Timeout=300)
+	if ! { "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+		tail -n 20 "$log" >&2
+		die 1 "apt-get could not install the packages (whole log: $log); mend what it says and run again"
+	fi
+	for item in "${services[@]}"; do # only what we brought in ourselves
+		case " ${missing[*]} " in *" ${item%%:*} "*) systemctl disable "${item##*:}" >>"$log" 2>&1 || true ;; esac
+	done
+	trap - EXIT
+	[ "$(cat "$policy" 2>/dev/null)" != "$(printf '#!/bin/sh\nexit 101')" ] || rm -f "$policy"
+}
+
+make_venv() {
+	local log=.build/setup-python.log
+	if ! { rm -rf .venv && /usr/bin/python3 -m venv .venv &&
+		.venv/bin/pip install --disable-pip-version-check --require-hashes -r provision/requirements.lock &&
+		.venv/bin/pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .; } >"$log" 2>&1; then
+		tail -n 20 "$log" >&2
+		die 1 "the Python environment could not be made (whole log: $log); mend what it says and run again"
+	fi
+}
+
+[ -x /usr/bin/dpkg-query ] || die 5 "this is not a Debian system; run it on Debian 12 or 13"
+if [ ! -d .build ]; then enough_space . "$tree_needs_mib" "building the gateway"; fi
+mkdir -p .build
+exec 9>.build/setup.lock
+flock 9 # two makes at once: the second finds everything done
+
+mapfile -t missing < <(missing_packages)
+if [ "${#missing[@]}" -gt 0 ]; then
+	[ "$(id -u)" -eq 0 ] || die 3 "${#missing[@]} Debian packages are missing; run: sudo apt-get install -y --no-install-recommends ${missing[*]}"
+	enough_space / "$packages_need_mib" "installing Debian packages"
+	say "will install ${#missing[@]} Debian packages: ${missing[*]}"
+	install_packages "${missing[@]}"
+	say "Debian packages installed (${SECONDS} s)"
+fi
+
+/usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die 5 "/usr/bin/python3 is older than 3.11; run it on Debian 12 or 13"
+wanted=$(sha256sum provision/requirements.lock pyproject.toml tests/setup.sh /usr/bin/python3 | sha256sum)
+if [ "$(cat .build/setup.stamp 2>/dev/null)" != "$wanted" ] || [ ! -x .venv/bin/pytest ]; then
+	say "will make the Python environment .venv from provision/requirements.lock"
+	make_venv
+	printf '%s\n' "$wanted" >.build/setup.stamp
+	say "Python environment ready (${SECONDS} s)"
+fi
