@@ -37,30 +37,31 @@ enough_space() { # directory, MiB, for what
 }
 
 missing_packages() {
-	local have; have=$(dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' "${packages[@]}" 2>/dev/null | sed -n 's/^ii *//p')
-	printf '%s\n' "${packages[@]}" | grep -Fxv -f <(printf '%s\n' "$have" none) || true
+	local have; have=$(dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' "${packages[@]}" 2>/dev/null || true)
+	printf '%s\n' "${packages[@]}" | grep -Fxv -f <(sed -n 's/^ii *//p' <<<"$have") || true
 }
 
 # Debian starts a package's service as soon as it is unpacked. A policy-rc.d that says no keeps nginx, keepalived and
 # sshd from opening ports on the operator's machine; an existing policy of the operator's is left alone.
+policy=/usr/sbin/policy-rc.d
+forbid_service_starts() {
+	[ ! -e "$policy" ] || return 0
+	trap 'rm -f "$policy"' EXIT
+	printf '#!/bin/sh\nexit 101\n' >"$policy"
+	chmod +x "$policy"
+}
+
 install_packages() {
-	local missing=("$@") log=.build/setup-apt.log item policy=/usr/sbin/policy-rc.d
+	local log=.build/setup-apt.log apt=(apt-get -q -o DPkg::Lock::Timeout=300) item
 	export DEBIAN_FRONTEND=noninteractive
-	if [ ! -e "$policy" ]; then
-		printf '#!/bin/sh\nexit 101\n' >"$policy"
-		chmod +x "$policy"
-		trap 'rm -f /usr/sbin/policy-rc.d' EXIT
-	fi
-	local apt=(apt-get -q -o DPkg::Lock::Timeout=300)
-	if ! { "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+	forbid_service_starts
+	if ! { "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends "$@"; } >"$log" 2>&1; then
 		tail -n 20 "$log" >&2
 		die 1 "apt-get could not install the packages (whole log: $log); mend what it says and run again"
 	fi
 	for item in "${services[@]}"; do # only what we brought in ourselves
-		case " ${missing[*]} " in *" ${item%%:*} "*) systemctl disable "${item##*:}" >>"$log" 2>&1 || true ;; esac
+		case " $* " in *" ${item%%:*} "*) systemctl disable "${item##*:}" >>"$log" 2>&1 || true ;; esac
 	done
-	trap - EXIT
-	[ "$(cat "$policy" 2>/dev/null)" != "$(printf '#!/bin/sh\nexit 101')" ] || rm -f "$policy"
 }
 
 make_venv() {
