@@ -1,0 +1,348 @@
+"""Build the gateway image: `python -m image.build [--profile generic] [--force]`.
+
+What happens, in order:
+
+1. needs are checked (root, tools, disk space), so that nothing dies half-way for a reason known at the start;
+2. a Debian 13 *tools tree* is made under .build/tools with mmdebstrap. It holds mkosi and everything mkosi runs, so the
+   versions on the build machine do not matter. Its packages come from the machine's own sources (aptsources.py);
+3. mkosi builds the image out of mkosi.conf and image/, under .build/ only;
+4. beside the image: a zstd copy to publish, a block map to flash by, the package manifest, SHA256SUMS.
+
+The hash of everything that goes in is kept beside the result: when nothing changed, nothing is built. Time stamps are
+not looked at, a fresh clone with a copied .build/ is up to date.
+
+Exit status: 0 built or up to date, 1 the build failed, 2 wrong usage, 3 the machine lacks something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from image.aptsources import KEYRING, Source, SourcesError, debian_sources, transport_options
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / ".build"
+TOOLS = BUILD / "tools"
+RELEASE = "trixie"
+MKOSI_VERSION = "25.3"  # later versions only warn about unknown settings, and renamed some of ours
+
+# apt suggests far more; this is what mkosi 25 runs for this image, what flash.py needs, and an editor of ESPs (mtools).
+TOOLS_PACKAGES = (
+    "apt bmap-tools ca-certificates cpio dosfstools e2fsprogs erofs-utils git-core kmod libcryptsetup12 "
+    "libtss2-rc0t64 mkosi mtools openssh-client sbsigntool squashfs-tools systemd-boot-efi systemd-repart "
+    "systemd-ukify xz-utils zstd"
+).split()
+
+# What the image is made of. A test or a README may change without a new image.
+INPUTS = (
+    "mkosi.conf",
+    "image/mkosi.*",
+    "image/nic.sh",
+    "image/aptsources.py",
+    "dataplane",
+    "provision/agent.py",
+)
+IGNORED = re.compile(r"(^|/)(__pycache__|\.[^/]*)(/|$)|_test\.c$|\.md$")
+FREE_BYTES_WANTED = 6 * 2**30
+PROFILES = ("cloud", "generic")
+
+EXIT_FAILED = 1
+EXIT_NEEDS = 3
+
+
+class BuildError(Exception):
+    """One sentence for the operator, and the exit status it deserves."""
+
+    def __init__(self, message: str, *, status: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where one profile keeps its results. Profiles do not share caches: mkosi would evict one for the other."""
+
+    profile: str
+
+    @property
+    def output(self) -> Path:
+        return BUILD / ("image" if self.profile == "cloud" else f"image-{self.profile}")
+
+    @property
+    def log(self) -> Path:
+        return self.output / "build.log"
+
+    @property
+    def stamp(self) -> Path:
+        return self.output / "inputs.json"
+
+
+def say(message: str) -> None:
+    print(f"image: {message}", flush=True)
+
+
+def version() -> str:
+    """ImageVersion= of mkosi.conf: the one place where the image's version is written."""
+    match = re.search(r"^ImageVersion=(\S+)$", (ROOT / "mkosi.conf").read_text(), re.MULTILINE)
+    if not match:
+        raise BuildError("mkosi.conf: no ImageVersion= line; add one, such as ImageVersion=0.1.0")
+    return match[1]
+
+
+def image_path(profile: str = "cloud") -> Path:
+    return Paths(profile).output / f"gateway_{version()}.raw"
+
+
+# --- needs ------------------------------------------------------------------------------------------------------------
+
+
+def check_needs() -> None:
+    if os.geteuid() != 0:
+        raise BuildError("building an image needs root (it makes file systems with root's files); run: sudo make image",
+                         status=EXIT_NEEDS)
+    packages = {"mmdebstrap": "mmdebstrap", "apt-config": "apt", "zstd": "zstd", "/usr/bin/python3": "python3"}
+    missing = sorted(package for program, package in packages.items() if not shutil.which(program))
+    if not KEYRING.exists():
+        missing.append("debian-archive-keyring")
+    if missing:
+        raise BuildError(f"missing tools; run: apt-get install -y {' '.join(missing)}", status=EXIT_NEEDS)
+    BUILD.mkdir(exist_ok=True)
+    free = shutil.disk_usage(BUILD).free
+    if free < FREE_BYTES_WANTED:
+        raise BuildError(
+            f"{BUILD}: {free / 2**30:.1f} GiB free, the build needs {FREE_BYTES_WANTED / 2**30:.0f}; make room and repeat",
+            status=EXIT_NEEDS,
+        )
+
+
+# --- running things ---------------------------------------------------------------------------------------------------
+
+
+def run_logged(command: Sequence[str], log: Path, *, what: str, stages: re.Pattern[str] | None = None,
+               env: dict[str, str] | None = None) -> None:
+    """Run with all output in `log`; show the lines that `stages` matches with the time used; raise with the tail."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    tail: deque[str] = deque(maxlen=20)
+    with log.open("a") as sink:
+        sink.write(f"\n$ {' '.join(command)}\n")
+        sink.flush()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                              cwd=ROOT, env=os.environ | (env or {}), stdin=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    sink.write(line)
+                    if line.strip():
+                        tail.append(line.rstrip())
+                    if stages and (match := stages.match(line)):
+                        say(f"{time.monotonic() - start:5.0f} s  {match[1].strip()}")
+            except BaseException:
+                process.terminate()
+                raise
+    if process.returncode != 0:
+        lines = "\n".join(f"    {line}" for line in tail)
+        raise BuildError(f"{what} failed with status {process.returncode}; the whole log is {log}; its end:\n{lines}")
+
+
+# --- the tools tree ---------------------------------------------------------------------------------------------------
+
+
+def ensure_tools(log: Path) -> None:
+    """Make .build/tools unless it is there and was made from this very list."""
+    sources = debian_sources(RELEASE)
+    wanted = hashlib.sha256("\n".join([RELEASE, *TOOLS_PACKAGES]).encode()).hexdigest()
+    stamp = TOOLS / "etc/dsnat-tools"
+    write_sandbox(sources)
+    if stamp.exists() and stamp.read_text().strip() == wanted:
+        return
+    say(f"making the tools tree {TOOLS.relative_to(ROOT)} ({len(TOOLS_PACKAGES)} Debian 13 packages and what they need)")
+    start = time.monotonic()
+    fresh = BUILD / f"tools.{os.getpid()}"
+    command = ["mmdebstrap", "--variant=apt", "--mode=auto", "--architectures=amd64", f"--keyring={KEYRING}"]
+    for option in ['Apt::Install-Recommends "false"', *(line.rstrip(";") for line in transport_options())]:
+        command.append(f"--aptopt={option}")
+    for unwanted in ("doc", "man", "locale"):
+        command.append(f"--dpkgopt=path-exclude=/usr/share/{unwanted}/*")
+    command += [f"--include={','.join(TOOLS_PACKAGES)}", RELEASE, str(fresh)]
+    command += [line for source in sources for line in source.one_line()]
+    try:
+        run_logged(command, log, what="making the tools tree (mmdebstrap)")
+        (fresh / "etc/dsnat-tools").write_text(wanted + "\n")
+        if TOOLS.exists():
+            shutil.rmtree(TOOLS)
+        fresh.rename(TOOLS)
+    finally:
+        if fresh.exists():
+            shutil.rmtree(fresh, ignore_errors=True)
+    say(f"tools tree made in {time.monotonic() - start:.0f} s")
+
+
+def write_sandbox(sources: list[Source]) -> None:
+    """Give mkosi our sources. Its own list would add a -debug suite that few mirrors carry, and the build would die."""
+    apt = BUILD / "sandbox/etc/apt"
+    (apt / "sources.list.d").mkdir(parents=True, exist_ok=True)
+    (apt / "apt.conf.d").mkdir(exist_ok=True)
+    (apt / "sources.list.d/mkosi.sources").write_text("\n".join(source.stanza() for source in sources))
+    (apt / "apt.conf.d/90-machine").write_text("\n".join([*transport_options(), ""]))
+
+
+# --- the image --------------------------------------------------------------------------------------------------------
+
+
+def input_files() -> Iterator[Path]:
+    for pattern in INPUTS:
+        for top in sorted(ROOT.glob(pattern)):
+            for path in [top] if top.is_file() else sorted(top.rglob("*")):
+                if (path.is_file() or path.is_symlink()) and not IGNORED.search(str(path.relative_to(ROOT))):
+                    yield path
+
+
+def inputs_hash(profile: str) -> str:
+    """Content, names and execute bits of all that goes in. Not the packages: --force asks the archive again."""
+    digest = hashlib.sha256(f"{profile}\n{RELEASE}\n{TOOLS_PACKAGES}\n".encode())
+    for path in input_files():
+        digest.update(f"{path.relative_to(ROOT)} {os.access(path, os.X_OK)}\n".encode())
+        digest.update(os.readlink(path).encode() if path.is_symlink() else path.read_bytes())
+    return digest.hexdigest()
+
+
+def up_to_date(paths: Paths, wanted: str) -> bool:
+    try:
+        stamp = json.loads(paths.stamp.read_text())
+    except (OSError, ValueError):
+        return False
+    return stamp.get("inputs") == wanted and all((paths.output / name).exists() for name in stamp.get("files", ()))
+
+
+def workspace() -> Path:
+    """A folder of links where mkosi finds mkosi.images: it looks for them beside the first mkosi.conf only, and the top
+    of the repository is not the place for them."""
+    top = BUILD / "mkosi"
+    top.mkdir(exist_ok=True)
+    for name, target in {"mkosi.conf": "mkosi.conf", "image": "image", "mkosi.images": "image/mkosi.images"}.items():
+        link = top / name
+        if not link.is_symlink():
+            link.symlink_to(Path("../..") / target)
+    return top
+
+
+def mkosi_command(profile: str, *verb: str) -> list[str]:
+    paths = Paths(profile)
+    caches = BUILD / "cache" / profile
+    packages = BUILD / "cache/packages"
+    for folder in (paths.output, caches / "trees", caches / "build", packages):
+        folder.mkdir(parents=True, exist_ok=True)
+    return [
+        "/usr/bin/python3", "-m", "mkosi", f"--directory={workspace()}", f"--tools-tree={TOOLS}",
+        f"--build-sources={ROOT / 'dataplane'}:dataplane", f"--build-sources={ROOT / 'provision'}:provision",
+        f"--sandbox-tree={BUILD / 'sandbox'}", f"--output-directory={paths.output}",
+        f"--cache-directory={caches / 'trees'}", f"--build-dir={caches / 'build'}",
+        f"--package-cache-dir={packages}",
+        *(["--profile", profile] if profile != "cloud" else []), *verb,
+    ]  # fmt: skip
+
+
+def mkosi_env() -> dict[str, str]:
+    return {"PYTHONPATH": str(TOOLS / "usr/lib/python3/dist-packages"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run_mkosi(profile: str, *, refresh: bool) -> None:
+    paths = Paths(profile)
+    stages = re.compile(r"^\S*‣ +(?:\x1b\[[0-9;]*m)*((?!Using|Loading|Unlinking|Removing|Copying).{4,90})")
+    run_logged(mkosi_command(profile, "-ff" if refresh else "-f", "build"), paths.log, what="mkosi", stages=stages,
+               env=mkosi_env())
+    # mkfs.fat says this and goes on; the firmware then sees no file system at all.
+    if "less then suggested minimum" in paths.log.read_text(errors="replace"):
+        raise BuildError("the ESP is too small for FAT32, firmware would not read it; raise SizeMinBytes= in 00-esp.conf")
+
+
+@functools.cache
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(paths: Paths) -> list[str]:
+    """Beside the image: what one downloads (zstd), flashes by (block map), and checks both with (SHA256SUMS)."""
+    image = image_path(paths.profile)
+    subprocess.run(["zstd", "--quiet", "--force", "-6", "-T0", str(image), "-o", f"{image}.zst"], check=True)
+    stem = image.name.removesuffix(".raw")
+    files = sorted(path for path in paths.output.iterdir()
+                   if path.name.startswith(stem) and path.is_file() and not path.is_symlink())
+    sums = paths.output / "SHA256SUMS"
+    sums.write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
+    return [path.name for path in files] + [sums.name]
+
+
+def clear_outputs(paths: Paths) -> None:
+    """Split files carry the hash of their content in the name: those of the last build would be published again."""
+    if paths.output.exists():
+        for path in paths.output.iterdir():
+            if path.name.startswith(("gateway", "initrd", "SHA256SUMS", "inputs.json")):
+                path.unlink()
+
+
+def build(profile: str = "cloud", *, force: bool = False) -> Path:
+    """The image's path, built if anything that goes in has changed since the last time."""
+    paths = Paths(profile)
+    wanted = inputs_hash(profile)
+    image = image_path(profile)
+    if not force and up_to_date(paths, wanted):
+        say(f"{image.relative_to(ROOT)} is up to date")
+        return image
+    check_needs()
+    start = time.monotonic()
+    paths.output.mkdir(parents=True, exist_ok=True)
+    paths.log.write_text("")
+    ensure_tools(paths.log)
+    clear_outputs(paths)
+    run_mkosi(profile, refresh=force)
+    files = publish(paths)
+    seconds = round(time.monotonic() - start)
+    paths.stamp.write_text(json.dumps({"inputs": wanted, "seconds": seconds, "files": files}, indent=1) + "\n")
+    size = Path(f"{image}.zst").stat().st_size
+    say(f"built {image.relative_to(ROOT)} in {seconds} s; {size / 1e6:.0f} MB to download")
+    return image
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m image.build", description="Build the gateway image.")
+    parser.add_argument("--profile", choices=PROFILES, default="cloud",
+                        help="cloud: virtual machines; generic: hardware (larger kernel)")
+    parser.add_argument("--force", action="store_true", help="build even if nothing changed, with the newest packages")
+    parser.add_argument("--tools-only", action="store_true", help="only make the tools tree (make setup does this)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback")
+    options = parser.parse_args(arguments)
+    try:
+        if options.tools_only:
+            check_needs()
+            ensure_tools(BUILD / "tools.log")
+        else:
+            build(options.profile, force=options.force)
+    except KeyboardInterrupt:
+        print("image: interrupted; nothing is left running, run it again", file=sys.stderr)
+        return 130
+    except (BuildError, SourcesError) as error:
+        if options.debug:
+            raise
+        print(f"image: {error}", file=sys.stderr)
+        return error.status if isinstance(error, BuildError) else EXIT_NEEDS
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

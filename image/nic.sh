@@ -1,0 +1,220 @@
+#!/bin/sh
+# Sets the gateway's NICs up, from /etc/dsnat/dsnatd.yaml and from what is in the machine. Installed as
+# /usr/lib/dsnat/nic; dsnat-nic.service runs it at boot before networkd, the agent after a change.
+#
+#	nic plan     say what start would do, change nothing
+#	nic start    do it; doing it again changes only what differs
+#	nic stop     give the NICs of the engine back to the kernel
+#
+# A NIC belongs to one of two:
+#   the engine   its driver is vfio-pci (IOMMU), uio_pci_generic (no IOMMU and no lockdown) or stays (mlx5 shares it);
+#                its MAC goes to a twin, a persistent multi-queue TAP with the interface's name. That the TAP is made
+#                here and not by dsnatd is why addresses, routes and VRRP survive a restart of dsnatd.
+#   the kernel   nothing may merge packets (gro, lro: a router must send what it got), and the queues' interrupts are
+#                spread over the cores of the NIC's NUMA node that are not isolated for workers.
+# Never taken: the NIC of the management interface, the one that an SSH session to us comes in by, the last one left.
+#
+# Exit status: 0 done; 1 a NIC could not be set up (all others were); 2 wrong usage or configuration.
+set -u
+config=${DSNAT_CONFIG:-/etc/dsnat/dsnatd.yaml}
+state=/run/dsnat-nic
+sys=${DSNAT_SYS:-/sys}
+verb=${1:-}
+failed=0
+
+say() { printf 'dsnat-nic: %s\n' "$*" >&2; }
+fail() { say "$*"; failed=1; }
+
+# Runs a command, or shows it when only planning.
+run() {
+	if [ "$verb" = plan ]; then
+		printf '%s\n' "$*"
+	else
+		"$@"
+	fi
+}
+write() { # value file
+	if [ "$verb" = plan ]; then
+		[ "$(cat "$2" 2>/dev/null)" = "$1" ] || printf 'echo %s > %s\n' "$1" "$2"
+	else
+		printf '%s\n' "$1" > "$2"
+	fi
+}
+
+# ---- what there is -----------------------------------------------------------------------------------------------
+
+facts() { # lines of `dsnatd --facts`: interface NAME ROLE PATH DEVICE
+	[ -e "$config" ] || return 0
+	dsnatd --facts "$config"
+}
+pci_of() { # kernel interface -> PCI address of its NIC (virtio has a device of its own below it), or nothing
+	path=$(readlink -f "$sys/class/net/$1/device" 2>/dev/null) || return 0
+	printf '%s\n' "$path" | grep -oE '[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]' | tail -n 1
+}
+kernel_nics() { # interfaces with hardware below them
+	for path in "$sys"/class/net/*; do
+		[ -e "$path/device" ] && basename "$path"
+	done
+}
+nic_of_pci() { # PCI address -> kernel interface, or nothing
+	for nic in $(kernel_nics); do
+		[ "$(pci_of "$nic")" = "$1" ] && printf '%s\n' "$nic"
+	done
+}
+ssh_nics() { # interfaces whose address an SSH session came in to
+	ss -Htn state established '( sport = :22 )' 2>/dev/null | awk '{ sub(/:[0-9]+$/, "", $3); print $3 }' | sort -u |
+		while read -r address; do
+			ip -o address show to "${address#::ffff:}" 2>/dev/null | awk '{ print $2 }'
+		done
+}
+why_not_take() { # kernel interface -> a reason, or nothing
+	if [ "$1" = mgmt0 ]; then
+		echo "it is the management interface"
+	elif ssh_nics | grep -qx "$1"; then
+		echo "an SSH session to this gateway comes in by it"
+	elif [ "$(kernel_nics | grep -cvx "$1")" -eq 0 ]; then
+		echo "it is the only NIC the kernel has, and the gateway would not be reachable"
+	fi
+}
+
+# ---- NICs of the engine ------------------------------------------------------------------------------------------
+
+driver_of() { basename "$(readlink "$sys/bus/pci/devices/$1/driver" 2>/dev/null)" 2>/dev/null; }
+driver_wanted() { # PCI address -> driver that lets the engine in, "shared", or "none: why"
+	device=$sys/bus/pci/devices/$1
+	if [ "$(cat "$device/vendor")" = 0x15b3 ]; then
+		echo shared
+	elif [ -e "$device/iommu_group" ]; then
+		echo vfio-pci
+	elif grep -q '\[none\]' "$sys/kernel/security/lockdown" 2>/dev/null || [ ! -e "$sys/kernel/security/lockdown" ]; then
+		echo uio_pci_generic
+	else
+		echo "none: the machine has no IOMMU and the kernel is locked down (Secure Boot)"
+	fi
+}
+
+take() { # PCI address
+	[ -e "$sys/bus/pci/devices/$1" ] || { fail "$config: there is no PCI device $1; lspci -D lists what there is"; return 1; }
+	nic=$(nic_of_pci "$1")
+	wanted=$(driver_wanted "$1")
+	case $wanted in
+	none:*) fail "$1 cannot be used with path: dpdk: ${wanted#none: }; use path: nfqueue"; return 1 ;;
+	shared) [ "$verb" = plan ] || cat "$sys/class/net/$nic/address" > "$state/$1.mac"; return 0 ;;
+	esac
+	[ "$(driver_of "$1")" != "$wanted" ] || return 0
+	if [ -n "$nic" ]; then
+		reason=$(why_not_take "$nic")
+		[ -z "$reason" ] || { fail "$nic ($1) is not given to the engine: $reason; name another device in $config"; return 1; }
+		[ "$verb" = plan ] || cat "$sys/class/net/$nic/address" > "$state/$1.mac"
+		run ip link set dev "$nic" down
+	fi
+	run modprobe "$wanted"
+	run driverctl --nosave set-override "$1" "$wanted"
+	[ "$verb" = plan ] && return 0
+	if [ "$(driver_of "$1")" != "$wanted" ]; then
+		driverctl --nosave unset-override "$1"
+		fail "$1 could not be bound to $wanted and was given back to the kernel; dmesg says why"
+		return 1
+	fi
+	say "$1 ${nic:+($nic) }is the engine's, driver $wanted"
+}
+
+twin() { # interface name, PCI address or empty
+	if ! ip link show dev "$1" > /dev/null 2>&1; then
+		run ip tuntap add dev "$1" mode tap multi_queue || { fail "the twin $1 could not be made"; return 1; }
+	fi
+	mac=$(cat "$state/$2.mac" 2>/dev/null)
+	if [ -n "$mac" ] && [ "$(cat "$sys/class/net/$1/address" 2>/dev/null)" != "$mac" ]; then
+		run ip link set dev "$1" address "$mac"
+	fi
+	run ip link set dev "$1" up
+}
+
+hugepages() { # half of each node's memory, at most 8 GiB a node; taken once, before memory is in pieces
+	for node in "$sys"/devices/system/node/node[0-9]*; do
+		pages=$node/hugepages/hugepages-2048kB/nr_hugepages
+		[ -e "$pages" ] || continue
+		wanted=$(awk '/MemTotal:/ { n = int($4 / 4096); print n > 4096 ? 4096 : n }' "$node/meminfo")
+		[ "$(cat "$pages")" -ge "$wanted" ] && continue
+		write "$wanted" "$pages"
+		[ "$verb" = plan ] && continue
+		got=$(cat "$pages")
+		[ "$got" -ge $((wanted / 2)) ] || fail "only $got of $wanted huge pages on ${node##*/}; memory is in pieces, a reboot helps"
+	done
+}
+
+# ---- NICs of the kernel ------------------------------------------------------------------------------------------
+
+cpus() { # "0-2,5" -> 0 1 2 5
+	printf '%s\n' "$1" | tr ',' '\n' | awk -F- 'NF { for (i = $1; i <= ($2 == "" ? $1 : $2); i++) print i }'
+}
+housekeeping() { # kernel interface -> its NUMA node's cores that are not isolated, else all that are not
+	isolated=" $(cpus "$(cat "$sys/fs/cgroup/cpuset.cpus.isolated" "$sys/devices/system/cpu/isolated" 2>/dev/null | paste -sd,)" | paste -sd' ') "
+	node=$(cat "$sys/class/net/$1/device/numa_node" 2>/dev/null || echo -1)
+	for list in "$sys/devices/system/node/node$node/cpulist" "$sys/devices/system/cpu/online"; do
+		[ -e "$list" ] || continue
+		found=$(for cpu in $(cpus "$(cat "$list")"); do case $isolated in *" $cpu "*) ;; *) echo "$cpu" ;; esac; done)
+		[ -n "$found" ] && { echo "$found"; return; }
+	done
+}
+no_merging() { # kernel interface
+	for feature in gro lro rx-gro-hw rx-gro-list rx-udp-gro-forwarding; do
+		shown=$feature
+		case $feature in gro) shown=generic-receive-offload ;; lro) shown=large-receive-offload ;; esac
+		ethtool -k "$1" 2>/dev/null | grep -qE "^$shown: on( \[requested.*)?$" || continue
+		run ethtool -K "$1" "$feature" off
+		[ "$verb" = plan ] && continue
+		ethtool -k "$1" | grep -qE "^$shown: off" || fail "$1: $shown stays on; packets would be merged"
+	done
+}
+spread() { # kernel interface: queue n's interrupt to the n-th core, again from the first when they run out
+	set -- "$1" $(housekeeping "$1")
+	nic=$1; shift
+	n=0
+	# virtio keeps its interrupts one level up, at the PCI device
+	for irq in $(ls "$sys/class/net/$nic/device/msi_irqs" "$sys/class/net/$nic/device/../msi_irqs" 2>/dev/null | grep -E '^[0-9]+$' | sort -n); do
+		[ -e "/proc/irq/$irq/smp_affinity_list" ] || continue
+		eval "cpu=\${$((n % $# + 1))}"
+		n=$((n + 1))
+		[ "$(cat "/proc/irq/$irq/smp_affinity_list")" = "$cpu" ] || write "$cpu" "/proc/irq/$irq/smp_affinity_list" 2>/dev/null || true
+	done
+}
+
+# ---- verbs -------------------------------------------------------------------------------------------------------
+
+start() {
+	known=$(facts) || { say "$config is not valid; the NICs stay as they are"; exit 2; }
+	dpdk=$(printf '%s\n' "$known" | awk '$1 == "interface" && $4 == "dpdk" { print $2, $5 }')
+	[ "$verb" = plan ] || mkdir -p "$state"
+	if [ -n "$dpdk" ]; then
+		hugepages
+		while read -r name device; do
+			case $device in
+			[0-9a-f]*:[0-9a-f]*:[0-9a-f]*.[0-7]) take "$device" && twin "$name" "$device" ;;
+			*) twin "$name" "" ;;
+			esac
+		done <<-X
+			$dpdk
+		X
+	fi
+	for nic in $(kernel_nics); do
+		no_merging "$nic"
+		spread "$nic"
+	done
+}
+
+stop() {
+	for file in "$state"/*.mac; do
+		[ -e "$file" ] || continue
+		device=$(basename "$file" .mac)
+		case $(driver_of "$device") in vfio-pci | uio_pci_generic) run driverctl --nosave unset-override "$device" ;; esac
+		rm -f "$file"
+	done
+}
+
+case $verb in
+start | plan) start ;;
+stop) stop ;;
+*) echo "usage: nic plan|start|stop" >&2; exit 2 ;;
+esac
+exit "$failed"
