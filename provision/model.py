@@ -1,0 +1,445 @@
+"""What a fleet is, as read from `fleet.yaml`.
+
+Frozen values and nothing else: no I/O, no rule that needs two objects (those are in validate.py). Types are
+strict (`"3"` is not a number) and unknown keys are errors, so that a typing mistake cannot silently become
+a default. Every pattern here is narrow on purpose: what passes it can be written into a generated file
+without quoting tricks, and render.py checks again.
+
+A **service** is what hosts behind a gateway see: zones, VRRP addresses, routes, timers. It is written once,
+in a pair or in a gateway that stands alone; `Fleet.service_of` says which one counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Interface,
+    ip_address,
+    ip_interface,
+    ip_network,
+)
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+SCHEMA = 1
+PRIORITY_OWNER = 255  # RFC 5798: only for the owner of the address; a floating address has no owner
+
+
+def _matching(pattern: str, what: str) -> BeforeValidator:
+    """Text that matches in full, else a ValueError that says what it should be."""
+    compiled = re.compile(pattern)
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ValueError(f"this must be text: {what}")
+        if not compiled.fullmatch(value):
+            raise ValueError(f'"{value}" is not {what}')
+        return value
+
+    return BeforeValidator(check)
+
+
+_UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
+_DURATION = re.compile(r"(\d{1,9})(ms|s|m|h)")
+
+
+def milliseconds(duration: str) -> int:
+    """`90s` -> 90000. The text was checked when it was read."""
+    match = _DURATION.fullmatch(duration)
+    assert match is not None, duration
+    return int(match[1]) * _UNITS_MS[match[2]]
+
+
+def _network(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("this must be a prefix such as 100.64.0.0/16")
+    try:
+        exact = ip_network(value, strict=False)
+    except ValueError:
+        raise ValueError(f'"{value}" is not a prefix such as 100.64.0.0/16') from None
+    if not isinstance(exact, IPv4Network):
+        raise ValueError(f"{value} is IPv6; zones and pools are IPv4")
+    if str(exact) != value and value != str(exact.network_address):
+        raise ValueError(f"{value} is not the start of its prefix; write {exact}")
+    return exact
+
+
+def _interface(value: Any) -> Any:
+    if not isinstance(value, str) or "/" not in value:
+        raise ValueError("this must be an address with its prefix length such as 100.64.0.1/24")
+    try:
+        return ip_interface(value)
+    except ValueError:
+        raise ValueError(
+            f'"{value}" is not an address with its prefix length such as 100.64.0.1/24'
+        ) from None
+
+
+def _span(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("this must be an address, a range a.b.c.d-e.f.g.h or a prefix")
+    span(value)
+    return value
+
+
+def span(text: str) -> tuple[int, int]:
+    """First and last address of `203.0.113.7`, `203.0.113.8-203.0.113.15` or `203.0.113.64/28`."""
+    try:
+        if "-" in text:
+            low, _, high = text.partition("-")
+            first, last = int(IPv4Address(low)), int(IPv4Address(high))
+        else:
+            network = IPv4Network(text, strict=False)
+            if str(network.network_address) != text.partition("/")[0]:
+                raise ValueError(f"{text} is not the start of its prefix; write {network}")
+            first, last = int(network.network_address), int(network.broadcast_address)
+    except ValueError as error:
+        if "start of its prefix" in str(error):
+            raise
+        raise ValueError(f'"{text}" is not an IPv4 address, a range a.b.c.d-e.f.g.h or a prefix') from None
+    if last < first:
+        raise ValueError(f"the range {text} ends before it starts; swap its ends")
+    return first, last
+
+
+def _ports(value: Any) -> Any:
+    match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("this must be a port range such as 1024-65535")
+    first, last = int(match[1]), int(match[2])
+    if not 1 <= first <= last <= 65535:
+        raise ValueError(f"{value} is not a port range within 1-65535")
+    return value
+
+
+def _workers(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64):
+        return value
+    raise ValueError("this must be auto or a number of workers from 1 to 64")
+
+
+def _host(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return str(ip_address(value))
+        except ValueError:
+            if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", value):
+                return value
+    raise ValueError("this must be an address or a host name")
+
+
+Name = Annotated[
+    str,
+    _matching(r"[A-Za-z][A-Za-z0-9_-]{0,30}", "a name (a letter, then letters, digits, _ and -; at most 31)"),
+]
+InterfaceName = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z][A-Za-z0-9_.-]{0,14}",
+        "an interface name (a letter, then letters, digits, _ . and -; at most 15)",
+    ),
+]
+Duration = Annotated[str, _matching(_DURATION.pattern, "a time such as 500ms, 60s, 5m or 2h")]
+Prefix = Annotated[
+    IPv4Network, PlainValidator(_network), PlainSerializer(str), WithJsonSchema({"type": "string"})
+]
+Address = Annotated[
+    IPv4Interface | IPv6Interface,
+    PlainValidator(_interface),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string"}),
+]
+Span = Annotated[str, BeforeValidator(_span)]
+Ports = Annotated[str, BeforeValidator(_ports)]
+Workers = Annotated[int | str, BeforeValidator(_workers)]
+Host = Annotated[str, BeforeValidator(_host)]
+PublicKey = Annotated[
+    str,
+    _matching(
+        r"(ssh-ed25519|ecdsa-sha2-nistp(256|384|521)|rsa-sha2-(256|512)|ssh-rsa|sk-ssh-ed25519@openssh\.com)"
+        r" [A-Za-z0-9+/]{16,}={0,3}( [A-Za-z0-9@._+-]{1,64})?",
+        "a public key line: its type, its base64 text, perhaps a comment",
+    ),
+]
+HostKey = Annotated[
+    str,
+    _matching(
+        r"ssh-ed25519 [A-Za-z0-9+/]{16,}={0,3}( [A-Za-z0-9@._+-]{1,64})?",
+        "an ed25519 host key (the line in the gateway's ssh_host_ed25519_key.pub)",
+    ),
+]
+SecretRef = Annotated[
+    str,
+    _matching(
+        r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\x00-\x1f]+|age:[^\x00-\x1f]+)",
+        "a reference to a secret (env:NAME, file:PATH or age:PATH); the secret itself never stands here",
+    ),
+]
+Device = Annotated[
+    str,
+    _matching(
+        r"[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]|net_[a-z0-9_]{1,24}(,[A-Za-z0-9_=:./-]+)*",
+        'a PCI address such as "0000:00:03.0" or a DPDK virtual device such as net_tap0,iface=tap0',
+    ),
+]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class Timeouts(Model):
+    """The engine's timers; what is absent keeps the engine's own default."""
+
+    tcp_established: Duration | None = None
+    tcp_opening: Duration | None = None
+    tcp_closing: Duration | None = None
+    udp: Duration | None = None
+    udp_one_way: Duration | None = None
+    dns: Duration | None = None
+    icmp: Duration | None = None
+    hold: Duration | None = None
+
+
+class Limits(Model):
+    sessions_per_host: Annotated[int, Field(ge=0)] | None = None
+    new_per_host_per_s: Annotated[int, Field(ge=0)] | None = None
+
+
+class Engine(Model):
+    workers: Workers = "auto"
+    max_sessions: Annotated[int, Field(ge=64, le=1_000_000_000)] = 4_000_000
+
+
+class Ssh(Model):
+    """How the operator's machine reaches a gateway."""
+
+    user: Name = "root"
+    port: Annotated[int, Field(ge=1, le=65535)] = 22
+    identity: str | None = Field(
+        default=None, description="private key file; without it the ssh agent is asked"
+    )
+    connect_timeout: Duration = "10s"
+    jump: Name | None = Field(default=None, description="a jump host from `jumps`")
+
+
+class Jump(Model):
+    address: Host
+    host_key: HostKey
+    user: Name = "root"
+    port: Annotated[int, Field(ge=1, le=65535)] = 22
+    identity: str | None = None
+
+
+class Rollout(Model):
+    confirm_within: Duration = Field(
+        default="60s", description="a change not confirmed by then is undone by the gateway"
+    )
+    soak: Duration = "0s"
+    failures: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="gateways that may fail before the rest is left"
+    )
+    first_wave_percent: Annotated[int, Field(ge=1, le=100)] = 10
+
+
+class Defaults(Model):
+    ssh: Ssh = Ssh()
+    rollout: Rollout = Rollout()
+    engine: Engine = Engine()
+    timeouts: Timeouts = Timeouts()
+    limits: Limits = Limits()
+
+
+class Site(Model):
+    description: str = ""
+    ntp: tuple[Host, ...] = ()
+    jump: Name | None = None
+
+
+class User(Model):
+    keys: Annotated[tuple[PublicKey, ...], Field(min_length=1)]
+    access: Literal["shell", "agent"] = Field(
+        default="agent", description="agent: may run the agent and nothing else"
+    )
+
+
+class Pool(Model):
+    """Public addresses; a pool belongs to one pair or one gateway."""
+
+    addresses: Annotated[tuple[Span, ...], Field(min_length=1)]
+    drain: tuple[Span, ...] = Field(default=(), description="addresses of the pool that take no new sessions")
+    ports: Ports = "1024-65535"
+    mapping: Literal["endpoint-dependent", "endpoint-independent"] | None = None
+    filtering: Literal["endpoint-independent", "address-dependent", "address-and-port-dependent"] | None = (
+        None
+    )
+    select: Literal["round-robin", "paired"] | None = None
+    announce: Literal["auto", "arp", "none"] | None = None
+    active_while: IPv4Address | None = Field(
+        default=None, description="default: the first VRRP address of an outside interface, if there is one"
+    )
+
+    def spans(self) -> list[tuple[int, int]]:
+        return [span(text) for text in self.addresses]
+
+    def size(self) -> int:
+        return sum(last - first + 1 for first, last in self.spans())
+
+
+class Zone(Model):
+    source: Prefix
+    destination: Prefix | None = None
+    pool: Name | None = None
+    action: Literal["drop", "pass"] | None = None
+    mss_clamp: Annotated[int, Field(ge=536, le=65535)] | None = None
+
+    @model_validator(mode="after")
+    def _one_purpose(self) -> Zone:
+        if (self.pool is None) == (self.action is None):
+            raise ValueError("a zone has either a pool or an action (drop or pass)")
+        return self
+
+
+class Authentication(Model):
+    """Simple text authentication, VRRP version 2 only: for interop, it protects nothing."""
+
+    password: SecretRef
+
+
+class Instance(Model):
+    """One VRRP router on one interface."""
+
+    id: Annotated[int, Field(ge=1, le=255)]
+    addresses: Annotated[tuple[Address, ...], Field(min_length=1)]
+    advert_interval: Duration | None = None
+
+
+class Vrrp(Model):
+    """All instances of a gateway stand in one sync group: they are master together or not at all."""
+
+    instances: Annotated[dict[InterfaceName, Instance], Field(min_length=1)]
+    advert_interval: Duration = "1s"
+    version: Literal[2, 3] = 3
+    transport: Literal["unicast", "multicast"] | None = Field(
+        default=None, description="default: unicast between the two of a pair, multicast for a gateway alone"
+    )
+    preempt: bool = Field(
+        default=False, description="may the higher priority take the addresses back when it returns?"
+    )
+    preempt_delay: Duration = "0s"
+    authentication: Authentication | None = None
+
+
+class Route(Model):
+    to: Annotated[str, BeforeValidator(lambda value: value if value == "default" else str(_network(value)))]
+    via: IPv4Address
+
+
+class Interface(Model):
+    role: Literal["inside", "outside"]
+    path: Literal["dpdk", "nfqueue"]
+    device: Device | None = None
+    addresses: tuple[Address, ...] = ()
+    mtu: Annotated[int, Field(ge=576, le=9216)] | None = None
+
+    @model_validator(mode="after")
+    def _device_fits_path(self) -> Interface:
+        if self.path == "dpdk" and self.device is None:
+            raise ValueError("an interface on the dpdk path needs its device, for example its PCI address")
+        if self.path == "nfqueue" and self.device is not None:
+            raise ValueError("an interface on the nfqueue path has no device; the kernel keeps it")
+        return self
+
+
+class Management(Model):
+    """Where the operator reaches the gateway. With `interface` the address is also configured by us."""
+
+    address: Host
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    interface: InterfaceName | None = None
+    prefix_length: Annotated[int, Field(ge=8, le=32)] = 24
+    routes: tuple[Route, ...] = ()
+
+
+class Service(Model):
+    """What the hosts behind a gateway see. Of a pair, or of a gateway alone."""
+
+    site: Name | None = None
+    zones: tuple[Zone, ...] = ()
+    vrrp: Vrrp | None = None
+    routes: tuple[Route, ...] = ()
+    profile: Literal["dsnat"] | None = Field(
+        default=None, description="the original's values where a key is not given"
+    )
+    timeouts: Timeouts | None = None
+    limits: Limits | None = None
+    engine: Engine | None = None
+    tcp_midflow: Literal["drop", "reset", "adopt"] | None = None
+
+
+class Pair(Service):
+    pass
+
+
+class Gateway(Service):
+    pair: Name | None = None
+    priority: Annotated[int, Field(ge=1, le=254)] = 100
+    management: Management
+    host_key: HostKey
+    ssh: Ssh | None = None
+    interfaces: dict[InterfaceName, Interface] = {}
+
+
+class Fleet(Model):
+    """Everything. `schema_version` stands as `schema` in the file."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    include: tuple[str, ...] = ()
+    defaults: Defaults = Defaults()
+    sites: dict[Name, Site] = {}
+    jumps: dict[Name, Jump] = {}
+    users: dict[Name, User] = {}
+    pools: dict[Name, Pool] = {}
+    pairs: dict[Name, Pair] = {}
+    gateways: Annotated[dict[Name, Gateway], Field(min_length=1)]
+
+    def service_of(self, name: str) -> Service:
+        gateway = self.gateways[name]
+        return self.pairs[gateway.pair] if gateway.pair is not None else gateway
+
+    def members(self, pair: str) -> list[str]:
+        return [name for name, gateway in self.gateways.items() if gateway.pair == pair]
+
+    def services(self) -> Iterator[tuple[tuple[str, str], Service, list[str]]]:
+        """(where it stands in the file, service, the gateways that offer it)."""
+        for name, pair in self.pairs.items():
+            yield ("pairs", name), pair, self.members(name)
+        for name, gateway in self.gateways.items():
+            if gateway.pair is None:
+                yield ("gateways", name), gateway, [name]
+
+    def peer_of(self, name: str) -> str | None:
+        pair = self.gateways[name].pair
+        return next((other for other in self.members(pair) if other != name), None) if pair else None
+
+    def ssh_of(self, name: str) -> Ssh:
+        gateway = self.gateways[name]
+        ssh = gateway.ssh or self.defaults.ssh
+        site = self.sites.get(self.service_of(name).site or "")
+        jump = ssh.jump or (site.jump if site else None)
+        port = gateway.management.port or ssh.port
+        return ssh.model_copy(update={"jump": jump, "port": port})
