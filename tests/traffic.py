@@ -295,7 +295,7 @@ def _iperf_udp(
     assert isinstance(end, dict)
     got = end["sum"]
     lost, sent = int(got["lost_packets"]), int(got["packets"])
-    seen = _iperf_ends(result, "iperf3 UDP", int(got["bytes"]), f"{lost}/{sent}")
+    seen = _iperf_ends(result, "iperf3 UDP", (sent - lost) * 1200, f"{lost}/{sent}")
     names = ", ".join(f"{reason} {n}" for reason, n in named.items()) or "no drop counted"
     return seen, Line(sent > 0 and lost <= sum(named.values()), promise, f"{lost} of {sent} lost, {names}")
 
