@@ -16,12 +16,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-DEBIAN_SUITES = ("bullseye", "bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing", "unstable")
+DEBIAN_SUITES = (
+    "bullseye",
+    "bookworm",
+    "trixie",
+    "forky",
+    "sid",
+    "oldstable",
+    "stable",
+    "testing",
+    "unstable",
+)
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 # What the administrator said about reaching the archive; the rest of apt's configuration is the image's own.
 TRANSPORT_KEYS = re.compile(
     r'^Acquire::(?:(?:http|https|ftp)::(?:[^:"]+::)?(?:Proxy|Proxy-Auto-Detect|Timeout|Verify-Peer|CAInfo)'
-    r'|Retries|Check-Valid-Until|Check-Date) '
+    r"|Retries|Check-Valid-Until|Check-Date) "
 )
 
 
@@ -54,10 +64,14 @@ class _Entry:
 def _one_line_entries(text: str) -> Iterator[_Entry]:
     for line in text.splitlines():
         line = line.split("#", 1)[0].strip()
-        match = re.match(r"deb\s+(?:\[(?P<options>[^]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)\s*(?P<components>.*)$", line)
+        match = re.match(
+            r"deb\s+(?:\[(?P<options>[^]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)\s*(?P<components>.*)$", line
+        )
         if match:
             signed = re.search(r"signed-by=(\S+)", match["options"] or "")
-            yield _Entry(match["uri"], match["suite"], tuple(match["components"].split()), signed[1] if signed else "")
+            yield _Entry(
+                match["uri"], match["suite"], tuple(match["components"].split()), signed[1] if signed else ""
+            )
 
 
 def _stanza_entries(text: str) -> Iterator[_Entry]:
@@ -72,11 +86,16 @@ def _stanza_entries(text: str) -> Iterator[_Entry]:
                 key, _, value = line.partition(":")
                 key = key.strip().lower()
                 fields[key] = value.strip()
-        if fields.get("enabled", "yes").lower() in ("no", "false", "0") or "deb" not in fields.get("types", "").split():
+        if (
+            fields.get("enabled", "yes").lower() in ("no", "false", "0")
+            or "deb" not in fields.get("types", "").split()
+        ):
             continue
         for uri in fields.get("uris", "").split():
             for suite in fields.get("suites", "").split():
-                yield _Entry(uri, suite, tuple(fields.get("components", "").split()), fields.get("signed-by", ""))
+                yield _Entry(
+                    uri, suite, tuple(fields.get("components", "").split()), fields.get("signed-by", "")
+                )
 
 
 def _entries(apt: Path) -> Iterator[_Entry]:

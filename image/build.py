@@ -111,9 +111,16 @@ def image_path(profile: str = "cloud") -> Path:
 
 def check_needs() -> None:
     if os.geteuid() != 0:
-        raise BuildError("building an image needs root (it makes file systems with root's files); run: sudo make image",
-                         status=EXIT_NEEDS)
-    packages = {"mmdebstrap": "mmdebstrap", "apt-config": "apt", "zstd": "zstd", "/usr/bin/python3": "python3"}
+        raise BuildError(
+            "building an image needs root (it makes file systems with root's files); run: sudo make image",
+            status=EXIT_NEEDS,
+        )
+    packages = {
+        "mmdebstrap": "mmdebstrap",
+        "apt-config": "apt",
+        "zstd": "zstd",
+        "/usr/bin/python3": "python3",
+    }
     missing = sorted(package for program, package in packages.items() if not shutil.which(program))
     if not KEYRING.exists():
         missing.append("debian-archive-keyring")
@@ -131,8 +138,14 @@ def check_needs() -> None:
 # --- running things ---------------------------------------------------------------------------------------------------
 
 
-def run_logged(command: Sequence[str], log: Path, *, what: str, stages: re.Pattern[str] | None = None,
-               env: dict[str, str] | None = None) -> None:
+def run_logged(
+    command: Sequence[str],
+    log: Path,
+    *,
+    what: str,
+    stages: re.Pattern[str] | None = None,
+    env: dict[str, str] | None = None,
+) -> None:
     """Run with all output in `log`; show the lines that `stages` matches with the time used; raise with the tail."""
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -140,8 +153,16 @@ def run_logged(command: Sequence[str], log: Path, *, what: str, stages: re.Patte
     with log.open("a") as sink:
         sink.write(f"\n$ {' '.join(command)}\n")
         sink.flush()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-                              cwd=ROOT, env=os.environ | (env or {}), stdin=subprocess.DEVNULL) as process:
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            cwd=ROOT,
+            env=os.environ | (env or {}),
+            stdin=subprocess.DEVNULL,
+        ) as process:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
@@ -155,7 +176,9 @@ def run_logged(command: Sequence[str], log: Path, *, what: str, stages: re.Patte
                 raise
     if process.returncode != 0:
         lines = "\n".join(f"    {line}" for line in tail)
-        raise BuildError(f"{what} failed with status {process.returncode}; the whole log is {log}; its end:\n{lines}")
+        raise BuildError(
+            f"{what} failed with status {process.returncode}; the whole log is {log}; its end:\n{lines}"
+        )
 
 
 # --- the tools tree ---------------------------------------------------------------------------------------------------
@@ -169,7 +192,9 @@ def ensure_tools(log: Path) -> None:
     write_sandbox(sources)
     if stamp.exists() and stamp.read_text().strip() == wanted:
         return
-    say(f"making the tools tree {TOOLS.relative_to(ROOT)} ({len(TOOLS_PACKAGES)} Debian 13 packages and what they need)")
+    say(
+        f"making the tools tree {TOOLS.relative_to(ROOT)} ({len(TOOLS_PACKAGES)} Debian 13 packages and what they need)"
+    )
     start = time.monotonic()
     fresh = BUILD / f"tools.{os.getpid()}"
     command = ["mmdebstrap", "--variant=apt", "--mode=auto", "--architectures=amd64", f"--keyring={KEYRING}"]
@@ -225,7 +250,9 @@ def up_to_date(paths: Paths, wanted: str) -> bool:
         stamp = json.loads(paths.stamp.read_text())
     except (OSError, ValueError):
         return False
-    return stamp.get("inputs") == wanted and all((paths.output / name).exists() for name in stamp.get("files", ()))
+    return stamp.get("inputs") == wanted and all(
+        (paths.output / name).exists() for name in stamp.get("files", ())
+    )
 
 
 def workspace() -> Path:
@@ -233,7 +260,11 @@ def workspace() -> Path:
     of the repository is not the place for them."""
     top = BUILD / "mkosi"
     top.mkdir(exist_ok=True)
-    for name, target in {"mkosi.conf": "mkosi.conf", "image": "image", "mkosi.images": "image/mkosi.images"}.items():
+    for name, target in {
+        "mkosi.conf": "mkosi.conf",
+        "image": "image",
+        "mkosi.images": "image/mkosi.images",
+    }.items():
         link = top / name
         if not link.is_symlink():
             link.symlink_to(Path("../..") / target)
@@ -263,11 +294,18 @@ def mkosi_env() -> dict[str, str]:
 def run_mkosi(profile: str, *, refresh: bool) -> None:
     paths = Paths(profile)
     stages = re.compile(r"^\S*‣ +(?:\x1b\[[0-9;]*m)*((?!Using|Loading|Unlinking|Removing|Copying).{4,90})")
-    run_logged(mkosi_command(profile, "-ff" if refresh else "-f", "build"), paths.log, what="mkosi", stages=stages,
-               env=mkosi_env())
+    run_logged(
+        mkosi_command(profile, "-ff" if refresh else "-f", "build"),
+        paths.log,
+        what="mkosi",
+        stages=stages,
+        env=mkosi_env(),
+    )
     # mkfs.fat says this and goes on; the firmware then sees no file system at all.
     if "less then suggested minimum" in paths.log.read_text(errors="replace"):
-        raise BuildError("the ESP is too small for FAT32, firmware would not read it; raise SizeMinBytes= in 00-esp.conf")
+        raise BuildError(
+            "the ESP is too small for FAT32, firmware would not read it; raise SizeMinBytes= in 00-esp.conf"
+        )
 
 
 @functools.cache
@@ -281,8 +319,11 @@ def publish(paths: Paths) -> list[str]:
     image = image_path(paths.profile)
     subprocess.run(["zstd", "--quiet", "--force", "-6", "-T0", str(image), "-o", f"{image}.zst"], check=True)
     stem = image.name.removesuffix(".raw")
-    files = sorted(path for path in paths.output.iterdir()
-                   if path.name.startswith(stem) and path.is_file() and not path.is_symlink())
+    files = sorted(
+        path
+        for path in paths.output.iterdir()
+        if path.name.startswith(stem) and path.is_file() and not path.is_symlink()
+    )
     sums = paths.output / "SHA256SUMS"
     sums.write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
     return [path.name for path in files] + [sums.name]
@@ -313,7 +354,9 @@ def build(profile: str = "cloud", *, force: bool = False) -> Path:
     run_mkosi(profile, refresh=force)
     files = publish(paths)
     seconds = round(time.monotonic() - start)
-    paths.stamp.write_text(json.dumps({"inputs": wanted, "seconds": seconds, "files": files}, indent=1) + "\n")
+    paths.stamp.write_text(
+        json.dumps({"inputs": wanted, "seconds": seconds, "files": files}, indent=1) + "\n"
+    )
     size = Path(f"{image}.zst").stat().st_size
     say(f"built {image.relative_to(ROOT)} in {seconds} s; {size / 1e6:.0f} MB to download")
     return image
@@ -321,10 +364,18 @@ def build(profile: str = "cloud", *, force: bool = False) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m image.build", description="Build the gateway image.")
-    parser.add_argument("--profile", choices=PROFILES, default="cloud",
-                        help="cloud: virtual machines; generic: hardware (larger kernel)")
-    parser.add_argument("--force", action="store_true", help="build even if nothing changed, with the newest packages")
-    parser.add_argument("--tools-only", action="store_true", help="only make the tools tree (make setup does this)")
+    parser.add_argument(
+        "--profile",
+        choices=PROFILES,
+        default="cloud",
+        help="cloud: virtual machines; generic: hardware (larger kernel)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="build even if nothing changed, with the newest packages"
+    )
+    parser.add_argument(
+        "--tools-only", action="store_true", help="only make the tools tree (make setup does this)"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback")
     options = parser.parse_args(arguments)
     try:
