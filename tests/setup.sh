@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The set-up for a fresh Debian 12 or 13, and a fast no-op on a machine that has everything.
 #
-# It installs two things and says so first: Debian packages (with apt-get, needs root) and the Python environment
-# .venv from provision/requirements.lock, every file checked against its hash. Nothing else on the machine changes:
-# services of packages that were not there before are neither started now nor at the next boot.
+# It installs three things and says so first: Debian packages (with apt-get, needs root), the Python environment .venv
+# from provision/requirements.lock, every file checked against its hash, and the image tools in .build/tools (a Debian 13
+# tree with mkosi; needs root, without it only the image cannot be built). Nothing else on the machine changes: services
+# of packages that were not there before are neither started now nor at the next boot.
 #
 # Exit status: 0 done, or nothing to do; 1 a step failed (its last lines are shown); 3 packages are missing and we are
 # not root (the one line to run is printed); 4 not enough disk space; 5 not a Debian that we know how to set up.
@@ -96,4 +97,10 @@ if [ "$(cat .build/setup.stamp 2>/dev/null)" != "$wanted" ] || [ ! -x .venv/bin/
 	make_venv
 	printf '%s\n' "$wanted" >.build/setup.stamp
 	say "Python environment ready (${SECONDS} s)"
+fi
+
+if [ ! -e .build/tools/etc/dsnat-tools ] && [ "$(id -u)" -eq 0 ]; then
+	say "will make the image tools in .build/tools"
+	.venv/bin/python -m image.build --tools-only || die 1 "the image tools could not be made; mend what it says and run again"
+	say "image tools ready (${SECONDS} s)"
 fi
