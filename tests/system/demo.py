@@ -227,9 +227,7 @@ def boot(machine: Machine, stages: Stages) -> None:
 
 
 def demo(undo: ExitStack, *, keep: bool, iommu: bool) -> Report:
-    stages = Stages(total=8)
-    with stages.stage("needs", "root, tools, disk space"):
-        check_needs()
+    stages = Stages(total=7)
     with stages.stage("engine", f"meson and ninja; log: {LOGS / 'engine.log'}"):
         program(["make", "build"], LOGS / "engine.log", status=NOT_BUILT, stages=stages)
     with stages.stage("image", f"mkosi on Debian 13; log: {LOGS / 'image.log'}"):
@@ -300,9 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for number in SIGNALS:
         signal.signal(number, interrupt)
-    shutil.rmtree(LOGS, ignore_errors=True)
-    LOGS.mkdir(parents=True)
     try:
+        check_needs()
+        shutil.rmtree(LOGS, ignore_errors=True)
+        LOGS.mkdir(parents=True)
         with ExitStack() as undo:
             report = demo(undo, keep=options.keep, iommu=options.iommu)
     except KeyboardInterrupt:
