@@ -56,6 +56,9 @@
 	NAT_REASON(FRAG_FULL, "frag_full", DROP, "too many datagrams in fragments, or too many held fragments", "a fragment flood, or raise limits.fragments") \
 	NAT_REASON(FRAG_TIMEOUT, "frag_timeout", DROP, "held fragment whose first fragment never came", "loss on the way, or a fragment flood") \
 	/* given by the shells */ \
+	NAT_REASON(NOT_IPV4, "not_ipv4", PASS, "ARP, IPv6, LLDP, VLAN: frames that are the kernel's business", "") \
+	NAT_REASON(ARP_ANSWERED, "arp_answered", PASS, "ARP request for a pool address, answered by the engine", "") \
+	NAT_REASON(OTHER_HOST, "other_host", DROP, "frame for another host's MAC address", "expected behind a hub or a flooding switch") \
 	NAT_REASON(NO_NEIGHBOUR, "no_neighbour", DROP, "the next hop did not answer ARP", "check the next hop") \
 	NAT_REASON(TX_FULL, "tx_full", DROP, "the port's transmit queue was full", "the port is saturated") \
 	NAT_REASON(TWIN_FULL, "twin_full", DROP, "the kernel twin's queue was full or its rate limit was reached", "a flood towards the gateway itself") \
