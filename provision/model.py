@@ -218,11 +218,13 @@ class Timeouts(Model):
 class Limits(Model):
     sessions_per_host: Annotated[int, Field(ge=0)] | None = None
     new_per_host_per_s: Annotated[int, Field(ge=0)] | None = None
+    icmp_errors_per_s: Annotated[int, Field(ge=0)] | None = None
+    fragments: Annotated[int, Field(ge=0)] | None = None
 
 
 class Engine(Model):
     workers: Workers = "auto"
-    max_sessions: Annotated[int, Field(ge=64, le=1_000_000_000)] = 4_000_000
+    max_sessions: Annotated[int, Field(ge=1024, le=1_000_000_000)] = 4_000_000
 
 
 class Ssh(Model):
@@ -305,7 +307,7 @@ class Zone(Model):
     destination: Prefix | None = None
     pool: Name | None = None
     action: Literal["drop", "pass"] | None = None
-    mss_clamp: Annotated[int, Field(ge=536, le=65535)] | None = None
+    mss_clamp: Annotated[int, Field(ge=536, le=9176)] | None = None
 
     @model_validator(mode="after")
     def _one_purpose(self) -> Zone:
@@ -389,6 +391,7 @@ class Service(Model):
     limits: Limits | None = None
     engine: Engine | None = None
     tcp_midflow: Literal["drop", "reset", "adopt"] | None = None
+    refusal: Literal["silent", "icmp-admin", "icmp-host"] | None = None
 
 
 class Pair(Service):
