@@ -45,7 +45,8 @@ class Identity:
             lines += ["DHCP=ipv4", "", "[DHCPv4]", "RouteMetric=4096", "UseDNS=no", "UseHostname=no"]
         return {
             "system.hostname": self.hostname,
-            "network.link.10-management": f"[Match]\nPermanentMACAddress={self.management}\n\n[Link]\nName=mgmt0\n",
+            "network.link.10-management": f"[Match]\nPermanentMACAddress={self.management}\n\n[Link]\nName=mgmt0\n"
+            + "GenericReceiveOffload=no\nLargeReceiveOffload=no\n",
             "network.network.10-management": "\n".join([*lines, ""]),
             # The other NICs are left alone until a configuration says what they are for.
             "network.network.90-unconfigured": "[Match]\nName=mgmt0\n",

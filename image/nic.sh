@@ -4,6 +4,7 @@
 #
 #	nic plan     say what start would do, change nothing
 #	nic start    do it; doing it again changes only what differs
+#	nic watch    do the kernel's part again whenever a link changes (hot-plugged NIC, changed queues); never ends
 #	nic stop     give the NICs of the engine back to the kernel
 #
 # A NIC belongs to one of two:
@@ -93,8 +94,18 @@ driver_wanted() { # PCI address -> driver that lets the engine in, "shared", or 
 	fi
 }
 
+await() { # PCI address: until udev has loaded the kernel's driver, which knows the MAC; at boot we may be early
+	tries=150
+	while [ ! -e "$state/$1.mac" ] && [ -z "$(nic_of_pci "$1")" ] && [ "$tries" -gt 0 ]; do
+		case $(driver_of "$1") in vfio-pci | uio_pci_generic) return ;; esac
+		tries=$((tries - 1))
+		sleep 0.2
+	done
+}
+
 take() { # PCI address
 	[ -e "$sys/bus/pci/devices/$1" ] || { fail "$config: there is no PCI device $1; lspci -D lists what there is"; return 1; }
+	await "$1"
 	nic=$(nic_of_pci "$1")
 	wanted=$(driver_wanted "$1")
 	case $wanted in
@@ -198,9 +209,27 @@ start() {
 		X
 	fi
 	for nic in $(kernel_nics); do
-		no_merging "$nic"
-		spread "$nic"
+		keep "$nic"
 	done
+}
+
+keep() { # kernel interface
+	no_merging "$1"
+	spread "$1"
+}
+
+watch() {
+	# Listen first, then look: nothing that happens in between is missed.
+	ip -o monitor link | {
+		for nic in $(kernel_nics); do
+			keep "$nic"
+		done
+		while read -r _ nic _; do
+			nic=${nic%:}
+			nic=${nic%@*}
+			[ -e "$sys/class/net/$nic/device" ] && keep "$nic"
+		done
+	}
 }
 
 stop() {
@@ -214,7 +243,8 @@ stop() {
 
 case $verb in
 start | plan) start ;;
+watch) watch ;;
 stop) stop ;;
-*) echo "usage: nic plan|start|stop" >&2; exit 2 ;;
+*) echo "usage: nic plan|start|watch|stop" >&2; exit 2 ;;
 esac
 exit "$failed"
