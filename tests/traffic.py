@@ -193,7 +193,7 @@ def _ping(client: Netns, servers: Servers) -> tuple[list[Connection], Line]:
     text = client.run("ping", "-n", "-c", str(count), "-i", "0.2", "-W", "3", servers.address, check=False)
     match = re.search(r"(\d+) received", text)
     received = int(match[1]) if match else 0
-    pattern = r"IP ([\d.]+) > [\d.]+: ICMP echo request, id (\d+), seq \d+, length (\d+)"
+    pattern = rf"IP ([\d.]+) > {servers.address}: ICMP echo request, id (\d+), seq \d+, length (\d+)"
     seen = servers.watched("ping", pattern, received) if received else []
     seen = [
         Connection(one.service, one.address, one.port, one.bytes, f"{count - received}/{count}")
@@ -308,7 +308,7 @@ def _traceroute(client: Netns, servers: Servers) -> tuple[list[Connection], Line
     right = (
         len(hops) == 2 and hops[0] != "*" and IPv4Address(hops[0]) in INSIDE and hops[1] == servers.address
     )
-    pattern = r"IP ([\d.]+)\.(\d+) > [\d.]+\.33\d\d\d: UDP, length (\d+)"
+    pattern = rf"IP ([\d.]+)\.(\d+) > {servers.address}\.33\d\d\d: UDP, length (\d+)"
     seen = servers.watched("traceroute", pattern, 1) if right else []
     return seen, Line(right, "traceroute shows the gateway, then the server", " > ".join(hops) or "no hop")
 
