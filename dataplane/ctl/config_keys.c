@@ -1,0 +1,504 @@
+/* The keys of dsnatd.yaml: which there are, what they take, what they are when not given.
+ *
+ * One function per section. Each has a table of its keys (struct key) and an enum of the same order;
+ * config_fields() finds the values, the readers of config_values.c judge them.
+ *
+ * All keys, their values and defaults are documented in dataplane/README.md, "Configuration";
+ * tests/dataplane/ test_config.py holds that table and this file together.
+ */
+#include <ctype.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "config_internal.h"
+
+#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+#define MAX_SESSIONS_DEFAULT 1000000u /* about 100 MB: fits the smallest gateway */
+
+/* ---- words ---- */
+
+static const char *const role_words[] = {[NAT_ROLE_INSIDE] = "inside", [NAT_ROLE_OUTSIDE] = "outside"};
+static const char *const path_words[] = {[NAT_PATH_DPDK] = "dpdk", [NAT_PATH_NFQUEUE] = "nfqueue"};
+static const char *const mapping_words[] = {
+	[NAT_ENDPOINT_DEPENDENT] = "endpoint-dependent", [NAT_ENDPOINT_INDEPENDENT] = "endpoint-independent"};
+static const char *const filtering_words[] = {[NAT_FILTER_ENDPOINT_INDEPENDENT] = "endpoint-independent",
+					      [NAT_FILTER_ADDRESS] = "address-dependent",
+					      [NAT_FILTER_ADDRESS_AND_PORT] = "address-and-port-dependent"};
+static const char *const select_words[] = {
+	[NAT_SELECT_ROUND_ROBIN] = "round-robin", [NAT_SELECT_PAIRED] = "paired"};
+static const char *const announce_words[] = {
+	[NAT_ANNOUNCE_AUTO] = "auto", [NAT_ANNOUNCE_ARP] = "arp", [NAT_ANNOUNCE_NONE] = "none"};
+static const char *const action_words[] = {
+	[NAT_ACTION_POOL] = "pool", [NAT_ACTION_DROP] = "drop", [NAT_ACTION_PASS] = "pass"};
+static const char *const midflow_words[] = {
+	[NAT_MIDFLOW_DROP] = "drop", [NAT_MIDFLOW_RESET] = "reset", [NAT_MIDFLOW_ADOPT] = "adopt"};
+static const char *const refusal_words[] = {[NAT_REFUSAL_SILENT] = "silent",
+					    [NAT_REFUSAL_ICMP_ADMIN] = "icmp-admin",
+					    [NAT_REFUSAL_ICMP_HOST] = "icmp-host"};
+
+const char *config_role_word(enum nat_role role)
+{
+	return role_words[role];
+}
+
+const char *config_path_word(enum nat_path path)
+{
+	return path_words[path];
+}
+
+const char *config_mapping_word(enum nat_mapping_kind mapping)
+{
+	return mapping_words[mapping];
+}
+
+const char *config_filtering_word(enum nat_filtering filtering)
+{
+	return filtering_words[filtering];
+}
+
+const char *config_select_word(enum nat_select select)
+{
+	return select_words[select];
+}
+
+const char *config_announce_word(enum nat_announce announce)
+{
+	return announce_words[announce];
+}
+
+const char *config_action_word(enum nat_action action)
+{
+	return action_words[action];
+}
+
+/* ---- sections ---- */
+
+static void read_engine(struct config *config, const struct node *node)
+{
+	enum { WORKERS, MAX_SESSIONS };
+	static const struct key keys[] = {
+		[WORKERS] = {"workers", false}, [MAX_SESSIONS] = {"max_sessions", false}};
+	const struct node *value[COUNT(keys)];
+
+	if (!node || !config_fields(config, node, "engine", keys, COUNT(keys), value))
+		return;
+	if (value[WORKERS] && config_as_scalar(config, value[WORKERS], "workers") &&
+	    strcmp(value[WORKERS]->text, "auto") != 0) {
+		if (isdigit((unsigned char)value[WORKERS]->text[0]))
+			config_read_u32(config, value[WORKERS], "workers", 1, NAT_WORKERS_MAX,
+					&config->nat.workers);
+		else
+			config_error(config, value[WORKERS],
+				     "\"workers\" is %s; write auto or a number from 1 to %u",
+				     config_shown(config, value[WORKERS]->text), NAT_WORKERS_MAX);
+	}
+	if (value[MAX_SESSIONS])
+		config_read_number(config, value[MAX_SESSIONS], "max_sessions", 1024, CONFIG_SESSIONS_MAX,
+				   &config->nat.max_sessions);
+}
+
+static bool is_hex(const char *text, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		if (!isdigit((unsigned char)text[i]) && (text[i] < 'a' || text[i] > 'f'))
+			return false;
+	return true;
+}
+
+/* 0000:00:03.0 as sysfs writes it, or a vdev: net_DRIVER[,argument=value...]. */
+static void read_device(struct config *config, const struct node *node, char *out, size_t out_bytes)
+{
+	const char *text = node->text;
+	size_t length;
+
+	if (!config_as_scalar(config, node, "device"))
+		return;
+	length = strlen(text);
+	if (length >= out_bytes) {
+		config_error(config, node, "\"device\" is %zu characters long; at most %zu are possible",
+			     length, out_bytes - 1);
+		return;
+	}
+	for (const char *p = text; *p; p++) {
+		if ((unsigned char)*p <= 0x20 || (unsigned char)*p >= 0x7f) {
+			config_error(config, node, "\"device\" is %s; it may hold no blanks and only ASCII",
+				     config_shown(config, text));
+			return;
+		}
+	}
+	if (!strncmp(text, "net_", 4) && length > 4) {
+		memcpy(out, text, length + 1);
+		return;
+	}
+	if (length == 12 && is_hex(text, 4) && text[4] == ':' && is_hex(text + 5, 2) && text[7] == ':' &&
+	    is_hex(text + 8, 2) && text[10] == '.' && text[11] >= '0' && text[11] <= '7') {
+		memcpy(out, text, length + 1);
+		return;
+	}
+	if (length == 7 && is_hex(text, 2) && text[2] == ':')
+		config_error(config, node, "\"device\" is %s without its PCI domain; write \"0000:%s\"",
+			     config_shown(config, text), text);
+	else
+		config_error(config, node,
+			     "\"device\" is %s; write a PCI address such as \"0000:00:03.0\" (lower case) or "
+			     "a DPDK "
+			     "device such as net_tap0",
+			     config_shown(config, text));
+}
+
+static bool read_interface(struct config *config, const struct node *node, struct nat_interface_config *out,
+			   unsigned flags)
+{
+	enum { NAME, ROLE, PATH, DEVICE, MTU };
+	static const struct key keys[] = {[NAME] = {"name", true},
+					  [ROLE] = {"role", true},
+					  [PATH] = {"path", false},
+					  [DEVICE] = {"device", false},
+					  [MTU] = {"mtu", false}};
+	static const char *const taken[] = {"all", "default", "lo", "dsnat0"};
+	const struct node *value[COUNT(keys)];
+	bool has_path = true;
+	unsigned word;
+
+	if (!config_fields(config, node, "the interface", keys, COUNT(keys), value))
+		return false;
+	/* IFNAMSIZ is 16 with the closing zero */
+	if (config_read_name(config, value[NAME], "name", 15, out->name)) {
+		for (size_t i = 0; i < COUNT(taken); i++)
+			if (!strcmp(out->name, taken[i]))
+				config_error(config, value[NAME],
+					     "the name \"%s\" is taken by Linux or by dsnatd itself; choose "
+					     "another",
+					     out->name);
+	}
+	if (config_read_word(config, value[ROLE], "role", role_words, COUNT(role_words), &word))
+		out->role = (enum nat_role)word;
+	if (value[PATH])
+		has_path =
+			config_read_word(config, value[PATH], "path", path_words, COUNT(path_words), &word);
+	if (value[PATH] && has_path)
+		out->path = (enum nat_path)word;
+	config_read_u16(config, value[MTU], "mtu", 576, 65535, &out->mtu_bytes);
+	if (value[DEVICE] && has_path && out->path == NAT_PATH_NFQUEUE)
+		config_error(config, value[DEVICE],
+			     "an interface with path nfqueue has no device, the kernel keeps it; remove "
+			     "\"device\" or use path dpdk");
+	else if (value[DEVICE])
+		read_device(config, value[DEVICE], out->device, sizeof(out->device));
+	else if (has_path && out->path == NAT_PATH_DPDK && !(flags & CONFIG_WITHOUT_DEVICES))
+		config_error(config, node,
+			     "the interface has path dpdk and no \"device\"; add its PCI address, or a DPDK "
+			     "device such as net_tap0");
+	return true;
+}
+
+static void read_interfaces(struct config *config, const struct node *node, struct places *places,
+			    unsigned flags)
+{
+	struct nat_interface_config *list;
+	uint32_t n = 0, errors = config->n_errors;
+
+	if (!node || !config_as_list(config, node, "interfaces"))
+		return;
+	list = config_take(config, node->n, sizeof(*list));
+	places->interface = config_take(config, node->n, sizeof(struct node *));
+	for (const struct node *element = node->first; element; element = element->next) {
+		places->interface[n] = element;
+		n += read_interface(config, element, &list[n], flags);
+	}
+	if (n > NAT_INTERFACES_MAX)
+		config_error(config, node, "%u interfaces; at most %u are possible", n, NAT_INTERFACES_MAX);
+	places->interfaces_good = config->n_errors == errors;
+	config->nat.interfaces = list;
+	config->nat.n_interfaces = n;
+}
+
+static bool read_pool(struct config *config, const struct node *node, struct nat_pool_config *out,
+		      struct pool_places *places)
+{
+	enum { NAME, ADDRESSES, DRAIN, PORTS, MAPPING, FILTERING, SELECT, ANNOUNCE, ACTIVE_WHILE };
+	static const struct key keys[] = {
+		[NAME] = {"name", true},
+		[ADDRESSES] = {"addresses", true},
+		[DRAIN] = {"drain", false},
+		[PORTS] = {"ports", false},
+		[MAPPING] = {"mapping", false},
+		[FILTERING] = {"filtering", false},
+		[SELECT] = {"select", false},
+		[ANNOUNCE] = {"announce", false},
+		[ACTIVE_WHILE] = {"active_while", false},
+	};
+	const struct node *value[COUNT(keys)];
+	uint32_t address;
+	unsigned word;
+
+	if (!config_fields(config, node, "the pool", keys, COUNT(keys), value))
+		return false;
+	places->pool = node;
+	config_read_name(config, value[NAME], "name", NAT_NAME_MAX - 1, out->name);
+	if (value[ADDRESSES]) {
+		if (value[ADDRESSES]->kind == NODE_LIST && value[ADDRESSES]->n == 0)
+			config_error(config, value[ADDRESSES], "pool %s has no address; give it at least one",
+				     config_shown(config, out->name));
+		out->n_ranges = config_read_ranges(config, value[ADDRESSES], "addresses", &out->ranges,
+						   &places->range);
+	}
+	if (value[DRAIN])
+		out->n_drain = config_read_ranges(config, value[DRAIN], "drain", &out->drain, &places->drain);
+	config_read_ports(config, value[PORTS], &out->port_first, &out->port_last);
+	if (config_read_word(config, value[MAPPING], "mapping", mapping_words, COUNT(mapping_words), &word))
+		out->mapping = (enum nat_mapping_kind)word;
+	if (out->mapping == NAT_ENDPOINT_DEPENDENT)
+		out->filtering = NAT_FILTER_ADDRESS_AND_PORT;
+	/* one address per host is what an endpoint-independent pool is for (RFC 4787 REQ-2) */
+	out->select = out->mapping == NAT_ENDPOINT_INDEPENDENT ? NAT_SELECT_PAIRED : NAT_SELECT_ROUND_ROBIN;
+	if (config_read_word(config, value[SELECT], "select", select_words, COUNT(select_words), &word))
+		out->select = (enum nat_select)word;
+	if (config_read_word(config, value[FILTERING], "filtering", filtering_words, COUNT(filtering_words),
+			     &word)) {
+		out->filtering = (enum nat_filtering)word;
+		if (out->mapping == NAT_ENDPOINT_DEPENDENT && out->filtering != NAT_FILTER_ADDRESS_AND_PORT)
+			config_error(config, value[FILTERING],
+				     "an endpoint-dependent mapping always filters by address and port; "
+				     "remove \"filtering\" or set mapping: endpoint-independent");
+	}
+	if (config_read_word(config, value[ANNOUNCE], "announce", announce_words, COUNT(announce_words),
+			     &word))
+		out->announce = (enum nat_announce)word;
+	if (config_read_address(config, value[ACTIVE_WHILE], "active_while", &address)) {
+		places->active_while = value[ACTIVE_WHILE];
+		out->active_while_be = __builtin_bswap32(address);
+	}
+	return true;
+}
+
+static void read_pools(struct config *config, const struct node *node, struct places *places,
+		       const struct nat_pool_config *defaults)
+{
+	struct nat_pool_config *list;
+	uint32_t n = 0;
+
+	if (!node || !config_as_list(config, node, "pools"))
+		return;
+	if (node->n > CONFIG_POOLS_MAX) {
+		config_error(config, node, "%u pools; at most %u are possible, put more addresses into each",
+			     node->n, CONFIG_POOLS_MAX);
+		return;
+	}
+	list = config_take(config, node->n, sizeof(*list));
+	places->pool = config_take(config, node->n, sizeof(*places->pool));
+	for (const struct node *element = node->first; element; element = element->next) {
+		list[n] = *defaults;
+		n += read_pool(config, element, &list[n], &places->pool[n]);
+	}
+	config->nat.pools = list;
+	config->nat.n_pools = n;
+}
+
+/* Pool names are looked up by hand: a zone is read once, and most gateways have a handful of pools. With
+ * thousands of both, the last hit is nearly always the next one too. */
+static bool find_pool(const struct config *config, const char *name, uint32_t *pool)
+{
+	uint32_t n = config->nat.n_pools;
+
+	for (uint32_t i = 0; i < n; i++) {
+		uint32_t at = *pool + i < n ? *pool + i : *pool + i - n;
+
+		if (!strcmp(config->nat.pools[at].name, name)) {
+			*pool = at;
+			return true;
+		}
+	}
+	return false;
+}
+
+static void read_zone_pool(struct config *config, const struct node *node, uint32_t *pool)
+{
+	const char **names, *meant;
+
+	if (!config_as_scalar(config, node, "pool") || find_pool(config, node->text, pool))
+		return;
+	if (config_is_full(config)) {
+		config_error(config, node, "there is no such pool");
+		return;
+	}
+	names = config_take(config, config->nat.n_pools + 1, sizeof(*names));
+	for (uint32_t i = 0; i < config->nat.n_pools; i++)
+		names[i] = config->nat.pools[i].name;
+	meant = config_nearest(node->text, names, config->nat.n_pools);
+	if (meant)
+		config_error(config, node, "there is no pool %s; did you mean \"%s\"?",
+			     config_shown(config, node->text), meant);
+	else
+		config_error(config, node,
+			     "there is no pool %s; add it under pools, or name one that is there",
+			     config_shown(config, node->text));
+}
+
+/* *pool: the last pool named, in and out. */
+static bool read_zone(struct config *config, const struct node *node, struct nat_zone_config *out,
+		      uint32_t *pool)
+{
+	enum { SOURCE, DESTINATION, POOL, ACTION, MSS_CLAMP };
+	static const struct key keys[] = {[SOURCE] = {"source", true},
+					  [DESTINATION] = {"destination", false},
+					  [POOL] = {"pool", false},
+					  [ACTION] = {"action", false},
+					  [MSS_CLAMP] = {"mss_clamp", false}};
+	const struct node *value[COUNT(keys)];
+	bool complete, has_action;
+	unsigned word = NAT_ACTION_POOL;
+
+	if (!config_fields(config, node, "the zone", keys, COUNT(keys), value))
+		return false;
+	complete = config_read_prefix(config, value[SOURCE], "source", &out->source);
+	if (value[DESTINATION])
+		complete &= config_read_prefix(config, value[DESTINATION], "destination", &out->destination);
+	has_action =
+		config_read_word(config, value[ACTION], "action", action_words, COUNT(action_words), &word);
+	out->action = (enum nat_action)word;
+	if (value[POOL])
+		read_zone_pool(config, value[POOL], pool);
+	if (out->action == NAT_ACTION_POOL)
+		out->pool = *pool;
+	if (value[POOL] && has_action && out->action != NAT_ACTION_POOL)
+		config_error(config, value[POOL],
+			     "a zone with action %s uses no pool; remove \"pool\" or \"action\"",
+			     action_words[out->action]);
+	if (!value[POOL] && out->action == NAT_ACTION_POOL && (has_action || !value[ACTION]))
+		config_error(config, node,
+			     "the zone says neither pool nor action; add \"pool: NAME\" or \"action: drop\"");
+	if (config_read_u16(config, value[MSS_CLAMP], "mss_clamp", 536, 9176, &out->mss_clamp_bytes) &&
+	    out->action != NAT_ACTION_POOL)
+		config_error(config, value[MSS_CLAMP],
+			     "mss_clamp acts on translated packets only; remove it from this zone");
+	return complete;
+}
+
+static void read_zones(struct config *config, const struct node *node, struct places *places)
+{
+	struct nat_zone_config *list;
+	uint32_t n = 0, pool = 0;
+
+	if (!node || !config_as_list(config, node, "zones"))
+		return;
+	if (node->n > CONFIG_ZONES_MAX) {
+		config_error(config, node, "%u zones; at most %u are possible, use shorter prefixes", node->n,
+			     CONFIG_ZONES_MAX);
+		return;
+	}
+	list = config_take(config, node->n, sizeof(*list));
+	places->zone = config_take(config, node->n, sizeof(struct node *));
+	for (const struct node *element = node->first; element; element = element->next) {
+		list[n] = (struct nat_zone_config){0};
+		places->zone[n] = element;
+		n += read_zone(config, element, &list[n], &pool);
+	}
+	config->nat.zones = list;
+	config->nat.n_zones = n;
+}
+
+static void read_limits(struct config *config, const struct node *node)
+{
+	enum { SESSIONS, NEW, ICMP_ERRORS, FRAGMENTS };
+	static const struct key keys[] = {[SESSIONS] = {"sessions_per_host", false},
+					  [NEW] = {"new_per_host_per_s", false},
+					  [ICMP_ERRORS] = {"icmp_errors_per_s", false},
+					  [FRAGMENTS] = {"fragments", false}};
+	struct nat_limits *limits = &config->nat.limits;
+	const struct node *value[COUNT(keys)];
+
+	if (!node || !config_fields(config, node, "limits", keys, COUNT(keys), value))
+		return;
+	config_read_u32(config, value[SESSIONS], keys[SESSIONS].name, 0, CONFIG_SESSIONS_MAX,
+			&limits->sessions_per_host);
+	config_read_u32(config, value[NEW], keys[NEW].name, 0, 1000000, &limits->new_per_host_per_s);
+	config_read_u32(config, value[ICMP_ERRORS], keys[ICMP_ERRORS].name, 1, 1000000,
+			&limits->icmp_errors_per_s);
+	config_read_u32(config, value[FRAGMENTS], keys[FRAGMENTS].name, 16, 1u << 20, &limits->fragments);
+}
+
+static void read_timeouts(struct config *config, const struct node *node)
+{
+	enum { ESTABLISHED, OPENING, CLOSING, UDP, UDP_ONE_WAY, DNS, ICMP, HOLD };
+	static const struct key keys[] = {
+		[ESTABLISHED] = {"tcp_established", false},
+		[OPENING] = {"tcp_opening", false},
+		[CLOSING] = {"tcp_closing", false},
+		[UDP] = {"udp", false},
+		[UDP_ONE_WAY] = {"udp_one_way", false},
+		[DNS] = {"dns", false},
+		[ICMP] = {"icmp", false},
+		[HOLD] = {"hold", false},
+	};
+	struct nat_timeouts *t = &config->nat.timeouts;
+	uint32_t *seconds[COUNT(keys)] = {
+		&t->tcp_established_s, &t->tcp_opening_s, &t->tcp_closing_s, &t->udp_s,
+		&t->udp_one_way_s,     &t->dns_s,         &t->icmp_s,        &t->hold_s};
+	const struct node *value[COUNT(keys)];
+
+	if (!node || !config_fields(config, node, "timeouts", keys, COUNT(keys), value))
+		return;
+	for (unsigned i = 0; i < COUNT(keys); i++)
+		config_read_duration(config, value[i], keys[i].name, i == DNS || i == HOLD ? 0 : 1,
+				     seconds[i]);
+}
+
+/* ---- all of it ---- */
+
+/* The values of design.md: never below what RFC 4787, 5382, 5508 and 6888 ask. */
+static void set_defaults(struct nat_config *nat, struct nat_pool_config *pool, bool original)
+{
+	nat->max_sessions = MAX_SESSIONS_DEFAULT;
+	nat->limits = (struct nat_limits){.icmp_errors_per_s = 100, .fragments = 4096};
+	nat->timeouts = (struct nat_timeouts){.tcp_established_s = 7440,
+					      .tcp_opening_s = 240,
+					      .tcp_closing_s = 240,
+					      .udp_s = 300,
+					      .udp_one_way_s = 120,
+					      .dns_s = 20,
+					      .icmp_s = 60,
+					      .hold_s = 120};
+	*pool = (struct nat_pool_config){.port_first = 1024, .port_last = 65535};
+	if (!original)
+		return;
+	/* what dsnat's kernel of 2013 did, for networks that rely on it */
+	nat->timeouts.tcp_established_s = 900;
+	nat->timeouts.tcp_closing_s = 120;
+	nat->timeouts.udp_s = 300;
+	pool->port_first = 5000;
+}
+
+void config_keys(struct config *config, const struct node *root, struct places *places, unsigned flags)
+{
+	enum { PROFILE, ENGINE, INTERFACES, POOLS, ZONES, LIMITS, TIMEOUTS, MIDFLOW, REFUSAL };
+	static const struct key keys[] = {
+		[PROFILE] = {"profile", false},      [ENGINE] = {"engine", false},
+		[INTERFACES] = {"interfaces", true}, [POOLS] = {"pools", false},
+		[ZONES] = {"zones", false},          [LIMITS] = {"limits", false},
+		[TIMEOUTS] = {"timeouts", false},    [MIDFLOW] = {"tcp_midflow", false},
+		[REFUSAL] = {"refusal", false},
+	};
+	static const char *const profiles[] = {"default", "dsnat"};
+	const struct node *value[COUNT(keys)];
+	struct nat_pool_config pool;
+	unsigned word = 0;
+
+	places->root = root;
+	if (!config_fields(config, root, "the file", keys, COUNT(keys), value))
+		return;
+	config_read_word(config, value[PROFILE], "profile", profiles, COUNT(profiles), &word);
+	set_defaults(&config->nat, &pool, word == 1);
+	read_engine(config, value[ENGINE]);
+	read_interfaces(config, value[INTERFACES], places, flags);
+	read_pools(config, value[POOLS], places, &pool);
+	read_zones(config, value[ZONES], places);
+	read_limits(config, value[LIMITS]);
+	read_timeouts(config, value[TIMEOUTS]);
+	if (config_read_word(config, value[MIDFLOW], "tcp_midflow", midflow_words, COUNT(midflow_words),
+			     &word))
+		config->nat.tcp_midflow = (enum nat_midflow)word;
+	if (config_read_word(config, value[REFUSAL], "refusal", refusal_words, COUNT(refusal_words), &word))
+		config->nat.refusal = (enum nat_refusal)word;
+}
