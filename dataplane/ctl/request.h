@@ -13,6 +13,8 @@
 
 #include "config.h"
 
+struct json_t;
+
 #define REQUEST_BYTES_MAX 65536u /* a longer line is answered with an error */
 
 /* What a worker is doing; the program fills in what it knows and leaves the rest 0. */
@@ -68,5 +70,8 @@ struct request_ops {
 /* The answer without a newline, allocated with malloc(); NULL only when there is no memory. `line` need not
  * end in a zero. */
 char *request_answer(const struct request_ops *ops, const char *line, size_t line_bytes);
+
+/* The same from and to a JSON value (jansson's json_t); never NULL, the caller owns the answer. */
+struct json_t *request_answer_json(const struct request_ops *ops, const struct json_t *request);
 
 #endif
