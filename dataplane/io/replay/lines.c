@@ -1,0 +1,310 @@
+/* --stdio: one JSON object in, one out, line by line.
+ *
+ *	{"t_ns":5,"if":"inside0","pkt":"45..."}       a packet; optional: "flags":["csum_partial",...],
+ *"worker":0
+ *	{"t_ns":9}                                    only the clock moves
+ *	{"addresses":{"outside0":["198.51.100.2"]}}   from now on the gateway's own addresses on that
+ *interface
+ *	{"ctl":{"cmd":"show","what":"pools"}}         a request of the control socket
+ *
+ *	{"verdict":"forward","reason":"ok","out":[{"if":"outside0","pkt":"45...","origin":"packet"}]}
+ *
+ * "out" also holds what the engine made ("origin":"engine") and held packets that it now lets go; held
+ *packets that it now drops stand in "dropped". A line that cannot be read is answered with {"error":"..."}
+ *and changes nothing. Time never runs backwards: an earlier t_ns is such an error.
+ */
+#include <jansson.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "replay.h"
+
+#define LINE_BYTES_MAX (1u << 20)
+
+static json_t *error_json(const char *format, ...) __attribute__((format(printf, 1, 2)));
+static json_t *error_json(const char *format, ...)
+{
+	char text[256];
+	va_list args;
+	json_t *value;
+
+	va_start(args, format);
+	vsnprintf(text, sizeof(text), format, args);
+	va_end(args);
+	value = json_string(text); /* NULL when a cut left half a character */
+	return json_pack("{s:o}", "error", value ? value : json_string("the line cannot be read"));
+}
+
+/* ---- hexadecimal ---- */
+
+static int nibble(char c)
+{
+	if (c >= '0' && c <= '9')
+		return c - '0';
+	if (c >= 'a' && c <= 'f')
+		return c - 'a' + 10;
+	if (c >= 'A' && c <= 'F')
+		return c - 'A' + 10;
+	return -1;
+}
+
+static bool from_hex(const char *text, size_t length, uint8_t *bytes)
+{
+	for (size_t i = 0; i < length / 2; i++) {
+		int high = nibble(text[2 * i]), low = nibble(text[2 * i + 1]);
+
+		if (high < 0 || low < 0)
+			return false;
+		bytes[i] = (uint8_t)(high << 4 | low);
+	}
+	return length % 2 == 0;
+}
+
+static json_t *hex_json(const uint8_t *bytes, uint32_t len_bytes)
+{
+	static const char digits[] = "0123456789abcdef";
+	char *text = malloc((size_t)len_bytes * 2 + 1);
+	json_t *value;
+
+	if (!text)
+		abort();
+	for (uint32_t i = 0; i < len_bytes; i++) {
+		text[2 * i] = digits[bytes[i] >> 4];
+		text[2 * i + 1] = digits[bytes[i] & 15];
+	}
+	value = json_stringn_nocheck(text, (size_t)len_bytes * 2);
+	free(text);
+	return value;
+}
+
+/* ---- answers ---- */
+
+static const char *verdict_word(uint8_t verdict)
+{
+	static const char *const words[] = {
+		[NAT_FORWARD] = "forward", [NAT_PASS] = "pass", [NAT_DROP] = "drop", [NAT_HOLD] = "hold"};
+
+	return words[verdict];
+}
+
+static json_t *outcome_json(const struct bench *bench, const struct outcome *outcome, bool of_packet)
+{
+	const struct nat_interface_config *interfaces = bench_config(bench)->interfaces;
+	json_t *answer = json_object(), *out = json_array(), *dropped = json_array();
+
+	if (of_packet) {
+		json_object_set_new(answer, "verdict", json_string(verdict_word(outcome->verdict)));
+		json_object_set_new(answer, "reason",
+				    json_string(nat_reason_name((enum nat_reason)outcome->reason)));
+	}
+	for (uint32_t i = 0; i < outcome->n_out; i++) {
+		const struct result *one = &outcome->out[i];
+
+		json_array_append_new(out, json_pack("{s:s, s:o, s:s}", "if", interfaces[one->iface].name,
+						     "pkt", hex_json(one->bytes, one->len_bytes), "origin",
+						     one->made ? "engine" : "packet"));
+	}
+	json_object_set_new(answer, "out", out);
+	for (uint32_t i = 0; i < outcome->n_dropped; i++) {
+		const struct result *one = &outcome->dropped[i];
+
+		json_array_append_new(dropped,
+				      json_pack("{s:s, s:o, s:s}", "if", interfaces[one->iface].name, "pkt",
+						hex_json(one->bytes, one->len_bytes), "reason",
+						nat_reason_name((enum nat_reason)one->reason)));
+	}
+	if (outcome->n_dropped)
+		json_object_set_new(answer, "dropped", dropped);
+	else
+		json_decref(dropped);
+	return answer;
+}
+
+/* ---- lines ---- */
+
+static bool read_flags(const json_t *value, uint16_t *flags)
+{
+	static const struct {
+		const char *name;
+		uint16_t flag;
+	} names[] = {{"ip_csum_good", NAT_PKT_IP_CSUM_GOOD},
+		     {"csum_partial", NAT_PKT_CSUM_PARTIAL},
+		     {"kernel_routes", NAT_PKT_KERNEL_ROUTES}};
+	size_t i;
+	json_t *one;
+
+	if (!json_is_array(value))
+		return false;
+	json_array_foreach((json_t *)(uintptr_t)value, i, one)
+	{
+		const char *text = json_string_value(one);
+		bool known = false;
+
+		for (size_t j = 0; text && j < sizeof(names) / sizeof(names[0]); j++) {
+			if (!strcmp(text, names[j].name)) {
+				*flags |= names[j].flag;
+				known = true;
+			}
+		}
+		if (!known)
+			return false;
+	}
+	return true;
+}
+
+static json_t *answer_packet(struct bench *bench, const json_t *line, uint64_t now_ns)
+{
+	const char *name = json_string_value(json_object_get(line, "if"));
+	const json_t *pkt = json_object_get(line, "pkt"), *given_flags = json_object_get(line, "flags"),
+		     *given_worker = json_object_get(line, "worker");
+	int iface = name ? world_interface(bench_world(bench), name) : -1, worker = -1;
+	size_t length = json_string_length(pkt);
+	uint16_t flags = 0;
+	uint8_t *bytes;
+	json_t *answer;
+
+	if (iface < 0)
+		return error_json("\"if\" must name an interface of the configuration");
+	if (!json_is_string(pkt) || length > 2 * REPLAY_PACKET_MAX)
+		return error_json("\"pkt\" must be a packet in hexadecimal, at most %u bytes",
+				  REPLAY_PACKET_MAX);
+	if (given_flags && !read_flags(given_flags, &flags))
+		return error_json("\"flags\" must be a list of ip_csum_good, csum_partial, kernel_routes");
+	if (given_worker) {
+		if (!json_is_integer(given_worker) || json_integer_value(given_worker) < 0 ||
+		    json_integer_value(given_worker) >= NAT_WORKERS_MAX)
+			return error_json("\"worker\" must be a worker's number");
+		worker = (int)json_integer_value(given_worker);
+	}
+	bytes = malloc(length / 2 + 1);
+	if (!bytes)
+		abort();
+	if (from_hex(json_string_value(pkt), length, bytes))
+		answer = outcome_json(bench,
+				      bench_packet(bench, now_ns, (uint8_t)iface, flags, worker, bytes,
+						   (uint32_t)(length / 2)),
+				      true);
+	else
+		answer = error_json("\"pkt\" is not hexadecimal");
+	free(bytes);
+	return answer;
+}
+
+/* Checked in full before anything changes. */
+static json_t *answer_addresses(struct bench *bench, const json_t *interfaces)
+{
+	const char *name;
+	json_t *list, *one;
+	size_t i;
+
+	if (!json_is_object(interfaces))
+		return error_json("\"addresses\" must be an object of interfaces, each with a list");
+	json_object_foreach((json_t *)(uintptr_t)interfaces, name, list)
+	{
+		if (world_interface(bench_world(bench), name) < 0 || !json_is_array(list))
+			return error_json("\"addresses\" must be an object of interfaces, each with a list");
+		world_clear_addresses(bench_world(bench), (uint8_t)world_interface(bench_world(bench), name));
+		json_array_foreach(list, i, one)
+		{
+			char text[128];
+
+			snprintf(text, sizeof(text), "%s=%s", name,
+				 json_is_string(one) ? json_string_value(one) : "");
+			if (!world_add_address(bench_world(bench), text))
+				return error_json("\"addresses\" of %s holds what is not an IPv4 address",
+						  name);
+		}
+	}
+	bench_follow_addresses(bench);
+	return NULL;
+}
+
+static const char *unknown_key(const json_t *line)
+{
+	static const char *const keys[] = {"t_ns", "if", "pkt", "flags", "worker", "addresses"};
+	const char *key;
+	json_t *value;
+
+	json_object_foreach((json_t *)(uintptr_t)line, key, value)
+	{
+		size_t i = 0;
+
+		while (i < sizeof(keys) / sizeof(keys[0]) && strcmp(key, keys[i]) != 0)
+			i++;
+		if (i == sizeof(keys) / sizeof(keys[0]))
+			return key;
+	}
+	return NULL;
+}
+
+static json_t *answer_line(struct bench *bench, const json_t *line)
+{
+	const json_t *t_ns = json_object_get(line, "t_ns"), *ctl = json_object_get(line, "ctl"),
+		     *addresses = json_object_get(line, "addresses");
+	uint64_t now_ns = bench_now_ns(bench);
+	json_t *error;
+
+	if (!json_is_object(line))
+		return error_json("a line must be a JSON object");
+	if (ctl)
+		return json_object_size(line) == 1 ? request_answer_json(bench_ops(bench), ctl)
+						   : error_json("\"ctl\" must be the only key of its line");
+	if (unknown_key(line))
+		return error_json("unknown key \"%.40s\"", unknown_key(line));
+	if (t_ns) {
+		if (!json_is_integer(t_ns) || json_integer_value(t_ns) < 0)
+			return error_json("\"t_ns\" must be a time in nanoseconds");
+		if ((uint64_t)json_integer_value(t_ns) < now_ns)
+			return error_json(
+				"\"t_ns\" is earlier than a line before; time does not run backwards");
+		now_ns = (uint64_t)json_integer_value(t_ns);
+	}
+	if (addresses) {
+		error = answer_addresses(bench, addresses);
+		if (error)
+			return error;
+	}
+	if (json_object_get(line, "pkt") || json_object_get(line, "if"))
+		return answer_packet(bench, line, now_ns);
+	return outcome_json(bench, bench_tick(bench, now_ns), false);
+}
+
+static json_t *answer_text(struct bench *bench, const char *text, size_t length)
+{
+	json_error_t why;
+	json_t *line = json_loadb(text, length, JSON_REJECT_DUPLICATES, &why), *answer;
+
+	if (!line)
+		return error_json("the line is not JSON: %.150s", why.text);
+	answer = answer_line(bench, line);
+	json_decref(line);
+	return answer;
+}
+
+int lines_run(struct bench *bench, FILE *in, FILE *out)
+{
+	char *text = NULL;
+	size_t room = 0;
+	ssize_t got;
+
+	while ((got = getline(&text, &room, in)) >= 0) {
+		size_t length = (size_t)got;
+		json_t *answer;
+
+		if (length && text[length - 1] == '\n')
+			length--;
+		answer = length <= LINE_BYTES_MAX
+				 ? answer_text(bench, text, length)
+				 : error_json("the line is longer than %u bytes", LINE_BYTES_MAX);
+		if (json_dumpf(answer, out, JSON_COMPACT) || fputc('\n', out) == EOF || fflush(out)) {
+			fputs("dsnat-replay: an answer could not be written; is the reader gone?\n", stderr);
+			json_decref(answer);
+			free(text);
+			return 1;
+		}
+		json_decref(answer);
+	}
+	free(text);
+	return 0;
+}
