@@ -170,7 +170,8 @@ struct nat_tuple { /* of one direction of one flow, as the side that looks it up
 	uint32_t local_be, remote_be;
 	uint16_t local_port_be, remote_port_be; /* ICMP echo: the identifier, and 0 */
 	uint8_t protocol;                       /* IPPROTO_TCP, IPPROTO_UDP, IPPROTO_ICMP */
-	uint8_t zero[3];
+	uint8_t side; /* 0: the inside tuple, local is the host; 1: the outside tuple, local is the pool's */
+	uint8_t zero[2];
 };
 _Static_assert(sizeof(struct nat_tuple) == 16, "hashed as bytes: no hidden padding");
 

@@ -1,8 +1,8 @@
 /* Every verdict has one reason, and every reason one stable name.
  *
- * NAT_REASON(id, name, kind, meaning, advice): `name` is what counters, metrics, dsnat-replay and dsnatctl print;
- * once released it is never renamed. `kind` says which verdict carries it. A packet that is forwarded carries `ok`.
- * The shells (io/) count the reasons of the last block; the core never gives them.
+ * NAT_REASON(id, name, kind, meaning, advice): `name` is what counters, metrics, dsnat-replay and dsnatctl
+ * print; once released it is never renamed. `kind` says which verdict carries it. A packet that is forwarded
+ * carries `ok`. The shells (io/) count the reasons of the last block; the core never gives them.
  */
 #ifndef NAT_REASON_H
 #define NAT_REASON_H
@@ -71,7 +71,7 @@ enum nat_reason {
 #define NAT_REASON_ENUM(id, name, kind, meaning, advice) NAT_REASON_##id,
 	NAT_REASONS(NAT_REASON_ENUM)
 #undef NAT_REASON_ENUM
-	NAT_REASON_COUNT
+		NAT_REASON_COUNT
 };
 
 #endif

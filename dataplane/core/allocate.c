@@ -1,0 +1,293 @@
+/* No session yet: makes one, or says why not.
+ *
+ * A session of an endpoint-dependent pool takes an address and a port that are free towards its remote. One
+ * of an endpoint- independent pool stands under its host's mapping, which is made first if there is none (RFC
+ * 4787 REQ-1); a packet from outside may begin one too, where the pool's filter lets it.
+ *
+ * The address: round robin takes the next of the zone's pool (one step per new session, as dsnat did), paired
+ * the one that the host has already (RFC 4787 REQ-2), or else one by its hash. If that has no free port
+ * towards this remote the next one is tried, and so on round the pool: NAT_REASON_NO_PORT means that no
+ * address had one.
+ */
+#include "engine.h"
+
+struct choice {
+	uint32_t address; /* number in the policy */
+	uint16_t port_be;
+	bool tracked;
+};
+
+static uint32_t starting_offset(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool)
+{
+	if (pool->select == NAT_SELECT_ROUND_ROBIN) {
+		uint32_t *cursor = &e->notes->zone[pkt->zone].cursor;
+		uint32_t offset = *cursor;
+		*cursor = offset + 1 == pool->n_addresses ? 0 : offset + 1;
+		return offset;
+	}
+	uint32_t paired = nat_policy_address(e->policy, nat_host_paired(e, pkt->tuple.local_be));
+	if (paired != UINT32_MAX && &e->policy->pool[e->policy->address[paired].pool] == pool &&
+	    !e->policy->address[paired].draining)
+		return paired - pool->first_address;
+	return nat_scale32((uint32_t)(nat_hash64(&e->index.key, pkt->tuple.local_be, 2) >> 32),
+			   pool->n_addresses);
+}
+
+static bool choose(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
+		   struct choice *choice)
+{
+	const bool shared = pool->mapping == NAT_ENDPOINT_DEPENDENT;
+	uint32_t offset = starting_offset(e, pkt, pool);
+
+	for (uint32_t tried = 0; tried < pool->n_addresses; tried++) {
+		const uint32_t number = pool->first_address + offset;
+		offset = offset + 1 == pool->n_addresses ? 0 : offset + 1;
+		if (e->policy->address[number].draining)
+			continue;
+		struct nat_tuple outside = pkt->tuple;
+		outside.side = 1;
+		outside.local_be = e->policy->address[number].address_be;
+		if (!shared) {
+			outside.remote_be = 0;
+			outside.remote_port_be = 0;
+		}
+		choice->address = number;
+		choice->port_be = nat_port_take(e, &outside, pool->port_first, pool->port_last, !shared,
+						pkt->tuple.local_port_be, &choice->tracked);
+		if (choice->port_be != 0) {
+			/* An address was skipped: go on behind the one that was taken, or it would get its
+			 * neighbour's share. */
+			if (pool->select == NAT_SELECT_ROUND_ROBIN && tried != 0)
+				e->notes->zone[pkt->zone].cursor = offset;
+			return true;
+		}
+		e->notes->address[number].refused++;
+	}
+	return false;
+}
+
+static enum nat_timer first_timer(const struct nat_engine *e, const struct nat_pkt *pkt)
+{
+	if (pkt->tuple.protocol == NAT_PROTO_TCP)
+		return NAT_TIMER_TCP_OPENING;
+	if (pkt->tuple.protocol == NAT_PROTO_ICMP)
+		return NAT_TIMER_ICMP;
+	if (pkt->tuple.remote_port_be == NAT_HTON16(53) && e->timeout_s[NAT_TIMER_DNS] != 0)
+		return NAT_TIMER_DNS;
+	return NAT_TIMER_UDP_ONE_WAY;
+}
+
+static void refuse(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason reason)
+{
+	if (pkt->zone != NAT_NO_ZONE)
+		e->notes->zone[pkt->zone].refused++;
+	if (e->policy->refusal == NAT_REFUSAL_ICMP_ADMIN)
+		nat_icmp_make(e, pkt, NAT_ICMP_UNREACHABLE, 13, 0); /* RFC 5508 REQ-8 */
+	else if (e->policy->refusal == NAT_REFUSAL_ICMP_HOST)
+		nat_icmp_make(e, pkt, NAT_ICMP_UNREACHABLE, 1, 0); /* RFC 6888 REQ-11B */
+	nat_drop(pkt, reason);
+}
+
+/* A free address and port, as a record that is not stored yet. */
+static bool draft(struct nat_engine *e, struct nat_pkt *pkt, struct nat_session *want)
+{
+	const struct nat_zone *zone = &e->policy->zone[pkt->zone];
+	const struct nat_pool *pool = &e->policy->pool[zone->config.pool];
+	struct choice choice;
+
+	if (pool->n_in_service == 0) {
+		refuse(e, pkt, NAT_REASON_POOL_EMPTY);
+		return false;
+	}
+	if (!choose(e, pkt, pool, &choice)) {
+		refuse(e, pkt, NAT_REASON_NO_PORT);
+		return false;
+	}
+	*want = (struct nat_session){.inside = pkt->tuple,
+				     .out_addr_be = e->policy->address[choice.address].address_be,
+				     .out_port_be = choice.port_be,
+				     .zone_id = zone->id,
+				     .pool_id = pool->id,
+				     .flags = choice.tracked ? NAT_RECORD_TRACKED : 0,
+				     .timer = (uint8_t)first_timer(e, pkt)};
+	return true;
+}
+
+static uint32_t store(struct nat_engine *e, struct nat_pkt *pkt, const struct nat_session *want)
+{
+	uint32_t record = nat_session_create(e, want);
+
+	if (record != NAT_NO_RECORD)
+		return record;
+	if (want->flags & NAT_RECORD_TRACKED)
+		nat_port_release(e, want);
+	refuse(e, pkt, NAT_REASON_TABLE_FULL);
+	return NAT_NO_RECORD;
+}
+
+/* The host's mapping for this inside port, made if need be. */
+static uint32_t mapping_for(struct nat_engine *e, struct nat_pkt *pkt, const struct nat_pool *pool)
+{
+	struct nat_tuple key = pkt->tuple;
+	struct nat_session want;
+
+	key.remote_be = 0;
+	key.remote_port_be = 0;
+	uint32_t mapping = nat_session_find(e, &key, nat_tuple_hash(&e->index.key, &key));
+	if (mapping != NAT_NO_RECORD)
+		return mapping;
+	if (!draft(e, pkt, &want))
+		return NAT_NO_RECORD;
+	want.inside = key;
+	want.flags |= NAT_RECORD_MAPPING;
+	/* RFC 6888 REQ-8: a freed port is not used again for a while; exempt are TCP, whose end is seen (8A),
+	 * and filters that would not let the old remotes in (8C). */
+	if (pool->filtering == NAT_FILTER_ENDPOINT_INDEPENDENT && key.protocol != NAT_PROTO_TCP)
+		want.flags |= NAT_RECORD_HOLDS;
+	return store(e, pkt, &want);
+}
+
+static void begin_under_mapping(struct nat_engine *e, struct nat_pkt *pkt, const struct nat_zone *zone,
+				const struct nat_pool *pool)
+{
+	uint32_t mapping = mapping_for(e, pkt, pool);
+	if (mapping == NAT_NO_RECORD)
+		return;
+	struct nat_session *m = &e->record[mapping];
+	const struct nat_session want = {.inside = pkt->tuple,
+					 .out_addr_be = m->out_addr_be,
+					 .out_port_be = m->out_port_be,
+					 .zone_id = zone->id,
+					 .pool_id = m->pool_id,
+					 .flags = pool->filtering == NAT_FILTER_ADDRESS &&
+								  pkt->tuple.protocol != NAT_PROTO_ICMP
+							  ? NAT_RECORD_UNDER_MAPPING | NAT_RECORD_PERMITS
+							  : NAT_RECORD_UNDER_MAPPING,
+					 .timer = (uint8_t)first_timer(e, pkt)};
+	/* Counted first: the mapping must not end while its session is made. */
+	if (m->timer == NAT_TIMER_HOLD) {
+		nat_wheel_take(e, mapping);
+		m->timer = want.timer;
+	}
+	m->references++;
+	pkt->session = store(e, pkt, &want);
+	if (pkt->session != NAT_NO_SESSION)
+		return;
+	if (--m->references == 0)
+		nat_session_end(e, mapping);
+}
+
+/* TCP in mid-flow without a session. Adopting is right where sessions were lost and the remote will sort out
+ * the rest. */
+static bool adopts_midflow(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	const uint8_t flags = pkt->tcp_flags & (NAT_TCP_SYN | NAT_TCP_ACK | NAT_TCP_FIN | NAT_TCP_RST);
+
+	if (flags == NAT_TCP_SYN)
+		return true;
+	if (e->policy->tcp_midflow == NAT_MIDFLOW_ADOPT && flags == NAT_TCP_ACK)
+		return true;
+	if (e->policy->tcp_midflow == NAT_MIDFLOW_RESET && !(flags & NAT_TCP_RST))
+		nat_tcp_make_reset(e, pkt);
+	nat_drop(pkt, NAT_REASON_TCP_NOT_SYN);
+	return false;
+}
+
+static void begin_from_inside(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	const struct nat_zone *zone = &e->policy->zone[pkt->zone];
+	const struct nat_pool *pool = &e->policy->pool[zone->config.pool];
+
+	if (pkt->tuple.protocol == NAT_PROTO_TCP && !adopts_midflow(e, pkt))
+		return;
+	enum nat_reason reason = nat_host_admit(e, pkt->tuple.local_be);
+	if (reason != NAT_REASON_OK) {
+		refuse(e, pkt, reason);
+		return;
+	}
+	if (pool->mapping == NAT_ENDPOINT_INDEPENDENT) {
+		begin_under_mapping(e, pkt, zone, pool);
+	} else {
+		struct nat_session want;
+		if (draft(e, pkt, &want))
+			pkt->session = store(e, pkt, &want);
+	}
+	if (pkt->session == NAT_NO_SESSION)
+		return;
+	struct nat_session *s = &e->record[pkt->session];
+	uint32_t address = nat_policy_address(e->policy, s->out_addr_be);
+	if (address != UINT32_MAX)
+		e->notes->address[address].created++;
+	e->notes->zone[pkt->zone].created++;
+	nat_host_add(e, pkt->tuple.local_be, s->out_addr_be);
+	if (pkt->tuple.protocol == NAT_PROTO_TCP && !(pkt->tcp_flags & NAT_TCP_SYN)) {
+		s->state = NAT_TCP_SAW_SYN_OUT | NAT_TCP_SAW_SYN_IN;
+		nat_session_set_timer(e, pkt->session, NAT_TIMER_TCP_ESTABLISHED);
+	}
+}
+
+static void begin_from_outside(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	const uint32_t address = nat_policy_address(e->policy, pkt->tuple.local_be);
+	const struct nat_pool *pool = &e->policy->pool[e->policy->address[address].pool];
+	struct nat_tuple key = pkt->tuple;
+
+	key.remote_be = 0;
+	key.remote_port_be = 0;
+	uint32_t mapping = pool->mapping == NAT_ENDPOINT_INDEPENDENT
+				   ? nat_session_find(e, &key, nat_tuple_hash(&e->index.key, &key))
+				   : NAT_NO_RECORD;
+	if (mapping == NAT_NO_RECORD || e->record[mapping].timer == NAT_TIMER_HOLD) {
+		nat_drop(pkt, NAT_REASON_NO_SESSION);
+		return;
+	}
+	const struct nat_session *m = &e->record[mapping];
+	if (pool->filtering == NAT_FILTER_ADDRESS_AND_PORT ||
+	    (pool->filtering == NAT_FILTER_ADDRESS && !nat_session_permits(e, m, pkt->tuple.remote_be))) {
+		nat_drop(pkt, NAT_REASON_FILTERED);
+		return;
+	}
+	if (pkt->tuple.protocol == NAT_PROTO_TCP &&
+	    (pkt->tcp_flags & (NAT_TCP_SYN | NAT_TCP_ACK | NAT_TCP_RST)) != NAT_TCP_SYN) {
+		nat_drop(pkt, NAT_REASON_NO_SESSION);
+		return;
+	}
+	struct nat_session want = {.inside = m->inside,
+				   .out_addr_be = m->out_addr_be,
+				   .out_port_be = m->out_port_be,
+				   .zone_id = m->zone_id,
+				   .pool_id = m->pool_id,
+				   .flags = NAT_RECORD_UNDER_MAPPING | NAT_RECORD_INBOUND,
+				   .timer = (uint8_t)(pkt->tuple.protocol == NAT_PROTO_UDP
+							      ? NAT_TIMER_UDP_ONE_WAY
+							      : first_timer(e, pkt))};
+	want.inside.remote_be = pkt->tuple.remote_be;
+	want.inside.remote_port_be = pkt->tuple.remote_port_be;
+	pkt->session = nat_session_create(e, &want);
+	if (pkt->session == NAT_NO_SESSION)
+		nat_drop(pkt, NAT_REASON_TABLE_FULL);
+	else
+		nat_route(e, pkt, 1);
+}
+
+void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		if (pkt[i].settled || pkt[i].session != NAT_NO_SESSION)
+			continue;
+		if (pkt[i].stage_flags & NAT_STAGE_ICMP_ERROR) {
+			nat_drop(&pkt[i], NAT_REASON_ICMP_NO_SESSION);
+			continue;
+		}
+		/* An earlier packet of the same burst may have made it. */
+		pkt[i].session = nat_session_find(e, &pkt[i].tuple, pkt[i].hash);
+		if (pkt[i].session != NAT_NO_SESSION) {
+			if (nat_is_inbound(&pkt[i]))
+				nat_route(e, &pkt[i], 1);
+		} else if (nat_is_inbound(&pkt[i])) {
+			begin_from_outside(e, &pkt[i]);
+		} else {
+			begin_from_inside(e, &pkt[i]);
+		}
+	}
+}

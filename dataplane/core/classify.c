@@ -1,0 +1,175 @@
+/* Whose packet is this? One that the NAT translates leaves this file with its tuple turned to the side that
+ * looks it up and with its hash; all others leave with a verdict.
+ *
+ *   from inside:   to the gateway itself, or to another inside network: the kernel's. Else the first zone
+ * that matches decides. To a pool address: a hairpin, translated like any other and sent through once more,
+ * then as from outside. from outside:  to a pool address: a reply, or dropped. To the gateway itself: the
+ * kernel's. Answer to a pass zone: the kernel's. Anything else is dropped: it must not reach the inside
+ * untranslated.
+ *
+ * Whether an address is the gateway's own only the routes know (nat_world.route says NAT_HOP_LOCAL), so the
+ * destination's route is asked for here for all packets whose destination translation does not change.
+ */
+#include "engine.h"
+
+static bool is_translated_protocol(uint8_t protocol)
+{
+	return protocol == NAT_PROTO_TCP || protocol == NAT_PROTO_UDP || protocol == NAT_PROTO_ICMP;
+}
+
+static bool is_query(const struct nat_pkt *pkt, uint8_t type)
+{
+	return pkt->l3[pkt->l4_offset + NAT_ICMP_TYPE] == type;
+}
+
+/* Later fragments and ICMP errors have no ports of their own to look at. */
+static bool has_own_ports(const struct nat_pkt *pkt)
+{
+	return (pkt->stage_flags & (NAT_STAGE_LATER | NAT_STAGE_ICMP_ERROR)) == 0;
+}
+
+/* An ICMP query has one identifier, which is the local port on both ways. */
+static void turn_round(struct nat_tuple *tuple)
+{
+	const bool icmp = tuple->protocol == NAT_PROTO_ICMP;
+	*tuple = (struct nat_tuple){.local_be = tuple->remote_be,
+				    .remote_be = tuple->local_be,
+				    .local_port_be = icmp ? tuple->local_port_be : tuple->remote_port_be,
+				    .remote_port_be = icmp ? 0 : tuple->local_port_be,
+				    .protocol = tuple->protocol,
+				    .side = 1};
+}
+
+static void hash_and_fetch(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	pkt->hash = nat_tuple_hash(&e->index.key, &pkt->tuple);
+	NAT_PREFETCH(nat_index_bucket(&e->index, pkt->hash));
+}
+
+static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	const struct nat_policy *policy = e->policy;
+	const bool hairpin = nat_policy_address(policy, pkt->tuple.remote_be) != UINT32_MAX;
+
+	if (nat_policy_address(policy, pkt->tuple.local_be) != UINT32_MAX) {
+		nat_drop(pkt, NAT_REASON_SPOOFED);
+		return;
+	}
+	if (hairpin) {
+		pkt->stage_flags |= NAT_STAGE_HAIRPIN;
+	} else if (pkt->hop.kind == NAT_HOP_LOCAL) {
+		nat_pass(pkt, NAT_REASON_LOCAL);
+		return;
+	}
+	pkt->zone =
+		nat_policy_zone(policy, NAT_NTOH32(pkt->tuple.local_be), NAT_NTOH32(pkt->tuple.remote_be));
+	if (pkt->zone == NAT_NO_ZONE) {
+		nat_drop(pkt, NAT_REASON_NO_ZONE);
+		return;
+	}
+	const enum nat_action action = policy->zone[pkt->zone].config.action;
+	if (action != NAT_ACTION_POOL) {
+		if (action == NAT_ACTION_DROP)
+			nat_drop(pkt, NAT_REASON_ZONE_DROP);
+		else
+			nat_pass(pkt, NAT_REASON_ZONE_PASS);
+		return;
+	}
+	const bool has_route = pkt->hop.kind == NAT_HOP_FORWARD || pkt->hop.kind == NAT_HOP_KERNEL;
+	if (!hairpin && has_route && policy->role[pkt->hop.iface] == NAT_ROLE_INSIDE) {
+		nat_pass(pkt, NAT_REASON_INSIDE_ONLY);
+		return;
+	}
+	if (!is_translated_protocol(pkt->tuple.protocol)) {
+		nat_drop(pkt, NAT_REASON_PROTOCOL);
+		return;
+	}
+	if (has_own_ports(pkt) && pkt->tuple.protocol == NAT_PROTO_ICMP && !is_query(pkt, NAT_ICMP_ECHO)) {
+		nat_drop(pkt, NAT_REASON_ICMP_TYPE);
+		return;
+	}
+	if (pkt->stage_flags & NAT_STAGE_ICMP_ERROR)
+		nat_icmp_parse_error(pkt);
+	if (!nat_policy_is_active(policy, policy->zone[pkt->zone].config.pool))
+		nat_drop(pkt, NAT_REASON_POOL_INACTIVE);
+}
+
+static void classify_outside(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	const struct nat_policy *policy = e->policy;
+	const uint32_t address = nat_policy_address(policy, pkt->tuple.remote_be);
+
+	if (address == UINT32_MAX) {
+		if (pkt->hop.kind == NAT_HOP_LOCAL)
+			nat_pass(pkt, NAT_REASON_LOCAL);
+		else if (nat_policy_passes(policy, NAT_NTOH32(pkt->tuple.local_be),
+					   NAT_NTOH32(pkt->tuple.remote_be)))
+			nat_pass(pkt, NAT_REASON_KERNEL_ROUTE);
+		else
+			nat_drop(pkt, NAT_REASON_NOT_OURS);
+		return;
+	}
+	pkt->stage_flags |= NAT_STAGE_INBOUND;
+	if (!nat_policy_is_active(policy, policy->address[address].pool)) {
+		nat_drop(pkt, NAT_REASON_POOL_INACTIVE);
+		return;
+	}
+	if (!(pkt->stage_flags & NAT_STAGE_SECOND) &&
+	    nat_policy_address(policy, pkt->tuple.local_be) != UINT32_MAX) {
+		nat_drop(pkt, NAT_REASON_SPOOFED);
+		return;
+	}
+	if (!is_translated_protocol(pkt->tuple.protocol)) {
+		nat_drop(pkt, NAT_REASON_PROTOCOL);
+		return;
+	}
+	if (has_own_ports(pkt) && pkt->tuple.protocol == NAT_PROTO_ICMP &&
+	    !is_query(pkt, NAT_ICMP_ECHO_REPLY) &&
+	    !(is_query(pkt, NAT_ICMP_ECHO) && (pkt->stage_flags & NAT_STAGE_SECOND))) {
+		nat_drop(pkt, is_query(pkt, NAT_ICMP_ECHO) ? NAT_REASON_NO_SESSION : NAT_REASON_ICMP_TYPE);
+		return;
+	}
+	if (pkt->stage_flags & NAT_STAGE_ICMP_ERROR)
+		nat_icmp_parse_error(pkt);
+	else
+		turn_round(&pkt->tuple);
+}
+
+static void ask_routes(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	uint32_t destination_be[NAT_BURST_MAX], of[NAT_BURST_MAX], wanted = 0;
+	struct nat_hop hop[NAT_BURST_MAX];
+
+	for (uint32_t i = 0; i < n; i++)
+		if (!pkt[i].settled &&
+		    (e->policy->role[pkt[i].iface] == NAT_ROLE_INSIDE ||
+		     nat_policy_address(e->policy, pkt[i].tuple.remote_be) == UINT32_MAX)) {
+			destination_be[wanted] = pkt[i].tuple.remote_be;
+			of[wanted++] = i;
+		}
+	if (wanted == 0)
+		return;
+	e->world.route(e->world.context, destination_be, hop, wanted);
+	for (uint32_t i = 0; i < wanted; i++)
+		pkt[of[i]].hop = hop[i];
+}
+
+void nat_classify(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	ask_routes(e, pkt, n);
+	for (uint32_t i = 0; i < n; i++) {
+		if (pkt[i].settled)
+			continue;
+		if (e->policy->role[pkt[i].iface] == NAT_ROLE_INSIDE &&
+		    !(pkt[i].stage_flags & NAT_STAGE_SECOND))
+			classify_inside(e, &pkt[i]);
+		else
+			classify_outside(e, &pkt[i]);
+		if (pkt[i].settled)
+			continue;
+		if (pkt[i].stage_flags & NAT_STAGE_LATER)
+			nat_frags_follow(e, &pkt[i]);
+		else
+			hash_and_fetch(e, &pkt[i]);
+	}
+}

@@ -1,0 +1,59 @@
+/* The Internet checksum (RFC 1071) and its incremental update (RFC 1624).
+ *
+ * All sums are over 16-bit words as they stand in memory: one's complement addition does not care for byte
+ * order (RFC 1071 section 2B). A `nat_sum` collects what a rewrite takes out and puts in; it is applied to
+ * each checksum that covers those bytes. Equation 3 of RFC 1624, HC' = ~(~HC + ~m + m'), is used because
+ * equation 2 of RFC 1141 is wrong for HC = 0.
+ */
+#ifndef NAT_CSUM_H
+#define NAT_CSUM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "wire.h"
+
+typedef uint32_t nat_sum; /* room for thousands of 16-bit terms before it must be folded */
+
+static inline nat_sum nat_sum_replace16(nat_sum sum, uint16_t old, uint16_t new)
+{
+	return sum + (uint16_t)~old + new;
+}
+
+static inline nat_sum nat_sum_replace32(nat_sum sum, uint32_t old, uint32_t new)
+{
+	sum = nat_sum_replace16(sum, (uint16_t)old, (uint16_t) new);
+	return nat_sum_replace16(sum, (uint16_t)(old >> 16), (uint16_t)(new >> 16));
+}
+
+static inline uint16_t nat_sum_fold(nat_sum sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (uint16_t)(sum + (sum >> 16));
+}
+
+/* RFC 1624 equation 3. */
+static inline uint16_t nat_csum_update(uint16_t checksum, nat_sum change)
+{
+	return (uint16_t)~nat_sum_fold((uint16_t)~checksum + change);
+}
+
+/* Sum of `n` bytes at `p`; an odd last byte counts as if followed by a zero. Valid to 64 KiB: 32768 words of
+ * 16 bits fit. */
+static inline nat_sum nat_sum_bytes(nat_sum sum, const uint8_t *p, size_t n)
+{
+	for (; n >= 2; n -= 2, p += 2)
+		sum += nat_get16(p);
+	if (n) {
+		uint8_t last[2] = {*p, 0};
+		sum += nat_get16(last);
+	}
+	return sum;
+}
+
+static inline uint16_t nat_csum_bytes(const uint8_t *p, size_t n)
+{
+	return (uint16_t)~nat_sum_fold(nat_sum_bytes(0, p, n));
+}
+
+#endif

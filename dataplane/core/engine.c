@@ -1,0 +1,367 @@
+/* The path of a burst. Each stage walks the burst once, skips packets that have their verdict, and fetches
+ * what the next stage will touch; what a stage does is told in its file.
+ *
+ *   parse -> classify -> look up -> route -> allocate -> rewrite -> count
+ *
+ * A packet from inside to a pool address (hairpin, RFC 4787 REQ-9) comes out of that path with the source
+ * that the outside would see, and goes through it once more as if from outside.
+ */
+#include "engine.h"
+
+#include <string.h>
+
+#define AGED_PER_PACKET 2u /* records that the wheel may look at per packet: ends faster than begins */
+#define AGED_PER_RUN    32u
+
+static void run_stages(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	nat_classify(e, pkt, n);
+	nat_session_lookup(e, pkt, n);
+	nat_route(e, pkt, n);
+	nat_allocate(e, pkt, n);
+	nat_rewrite(e, pkt, n);
+}
+
+static void run_second_time(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	nat_parse(pkt, 1);
+	pkt->stage_flags |= NAT_STAGE_SECOND;
+	if (!pkt->settled)
+		run_stages(e, pkt, 1);
+}
+
+/* A first fragment that was refused takes the others with it. */
+static void refuse_rest(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	if ((pkt->stage_flags & (NAT_STAGE_FRAGMENT | NAT_STAGE_LATER)) != NAT_STAGE_FRAGMENT ||
+	    pkt->verdict != NAT_DROP)
+		return;
+	if (pkt->reason == NAT_REASON_FRAG_BAD || (pkt->stage_flags & NAT_STAGE_SECOND))
+		return;
+	nat_frags_lead(e, pkt, nat_get32(pkt->l3 + NAT_IP_SOURCE), nat_get32(pkt->l3 + NAT_IP_DESTINATION),
+		       nat_get16(pkt->l3 + NAT_IP_ID));
+}
+
+static void count(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	struct nat_counters *c = &e->counters;
+
+	for (uint32_t i = 0; i < n; i++) {
+		NAT_ASSERT(pkt[i].settled);
+		if (pkt[i].flags & NAT_PKT_TAKEN_OVER)
+			c->taken_over++;
+		else
+			c->received++;
+		switch ((enum nat_verdict)pkt[i].verdict) {
+		case NAT_FORWARD:
+			c->forwarded++;
+			if (pkt[i].stage_flags & NAT_STAGE_LATER)
+				break; /* frag.c has counted its bytes */
+			if (nat_is_inbound(&pkt[i]))
+				c->bytes_in += pkt[i].total_bytes;
+			else
+				c->bytes_out += pkt[i].total_bytes;
+			break;
+		case NAT_PASS:
+			c->passed++;
+			c->reason[pkt[i].reason]++;
+			break;
+		case NAT_DROP:
+			c->reason[pkt[i].reason]++;
+			break;
+		case NAT_HOLD:
+			c->held++;
+			break;
+		case NAT_HANDOVER:
+			c->handed_over++;
+			break;
+		}
+	}
+}
+
+static void set_time(struct nat_engine *e, uint64_t now_ns)
+{
+	if (now_ns > e->now_ns)
+		e->now_ns = now_ns;
+	e->now_s = (uint32_t)(e->now_ns / UINT64_C(1000000000));
+	if (e->outbox.head == e->outbox.n)
+		e->outbox.head = e->outbox.n = e->outbox.n_made = 0;
+}
+
+void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint64_t now_ns)
+{
+	set_time(e, now_ns);
+	nat_wheel_turn(e, AGED_PER_RUN + n * AGED_PER_PACKET);
+	nat_parse(pkt, n);
+	run_stages(e, pkt, n);
+	for (uint32_t i = 0; i < n; i++) {
+		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_HAIRPIN) && pkt[i].verdict == NAT_FORWARD)
+			run_second_time(e, &pkt[i]);
+		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_FRAGMENT))
+			refuse_rest(e, &pkt[i]);
+	}
+	count(e, pkt, n);
+	nat_frags_age(e);
+}
+
+void nat_engine_tick(struct nat_engine *e, uint64_t now_ns)
+{
+	set_time(e, now_ns);
+	nat_wheel_turn(e, AGED_PER_RUN + NAT_BURST_MAX * AGED_PER_PACKET);
+	nat_frags_age(e);
+}
+
+/* ---- outbox
+ * ----------------------------------------------------------------------------------------------------------------
+ */
+
+uint8_t *nat_outbox_buffer(struct nat_engine *e)
+{
+	if (e->outbox.n_made == NAT_MADE_PER_BURST || e->outbox.n == NAT_OUTBOX)
+		return NULL;
+	return e->outbox.made[e->outbox.n_made++];
+}
+
+bool nat_outbox_has_room(const struct nat_engine *e)
+{
+	return e->outbox.n + NAT_FRAG_HELD_PER_DATAGRAM <= NAT_OUTBOX;
+}
+
+void nat_outbox_put(struct nat_engine *e, const struct nat_pkt *pkt)
+{
+	NAT_ASSERT(e->outbox.n < NAT_OUTBOX);
+	e->outbox.pkt[e->outbox.n++] = *pkt;
+}
+
+bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out)
+{
+	if (e->outbox.head == e->outbox.n)
+		return false;
+	*out = e->outbox.pkt[e->outbox.head++];
+	return true;
+}
+
+/* ---- memory
+ * ----------------------------------------------------------------------------------------------------------------
+ */
+
+struct layout {
+	size_t buckets, portsets, hosts, frags, total;
+	uint32_t n_buckets, n_hosts;
+};
+
+static size_t lines(size_t bytes)
+{
+	return (bytes + NAT_CACHE_LINE - 1) & ~(size_t)(NAT_CACHE_LINE - 1);
+}
+
+static struct layout lay_out(const struct nat_engine_params *params)
+{
+	const uint64_t hosts = params->max_sessions / 4 + 64;
+	struct layout l;
+
+	l.n_buckets = (uint32_t)nat_index_buckets(params->max_sessions);
+	l.n_hosts = hosts > (1u << 20) ? 1u << 20 : (uint32_t)hosts;
+	l.buckets = lines(sizeof(struct nat_engine));
+	l.portsets = l.buckets + lines(l.n_buckets * sizeof(struct nat_bucket));
+	l.hosts = l.portsets + lines(nat_portsets_size(params->max_sessions));
+	l.frags = l.hosts + lines(l.n_hosts * sizeof(struct nat_host));
+	l.total = l.frags + lines(nat_frags_size(params->policy));
+	return l;
+}
+
+size_t nat_engine_size(const struct nat_engine_params *params)
+{
+	return lay_out(params).total;
+}
+
+static void set_timeouts(struct nat_engine *e)
+{
+	const struct nat_timeouts *t = &e->policy->timeouts;
+
+	e->timeout_s[NAT_TIMER_FREE] = 0;
+	e->timeout_s[NAT_TIMER_TCP_OPENING] = t->tcp_opening_s;
+	e->timeout_s[NAT_TIMER_TCP_ESTABLISHED] = t->tcp_established_s;
+	e->timeout_s[NAT_TIMER_TCP_CLOSING] = t->tcp_closing_s;
+	e->timeout_s[NAT_TIMER_UDP] = t->udp_s;
+	e->timeout_s[NAT_TIMER_UDP_ONE_WAY] = t->udp_one_way_s;
+	e->timeout_s[NAT_TIMER_DNS] = t->dns_s;
+	e->timeout_s[NAT_TIMER_ICMP] = t->icmp_s;
+	e->timeout_s[NAT_TIMER_HOLD] = t->hold_s;
+}
+
+struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *params)
+{
+	const struct layout l = lay_out(params);
+	struct nat_engine *e = mem;
+
+	memset(mem, 0, l.total);
+	e->policy = params->policy;
+	e->table = params->table;
+	e->record = nat_table_records(params->table);
+	e->world = params->world;
+	e->worker = params->worker;
+	e->n_workers = params->n_workers;
+	e->records_left = params->max_sessions;
+	e->free_record = NAT_NO_RECORD;
+	e->index = (struct nat_index){.bucket = (struct nat_bucket *)(void *)((uint8_t *)mem + l.buckets),
+				      .n_buckets = l.n_buckets,
+				      .key = nat_key_from_seed(params->seed, 'i'),
+				      .record = e->record};
+	e->random.key = nat_key_from_seed(params->seed, 'p' + (uint64_t)params->worker * 256);
+	/* A restarted engine must not draw the same ports in the same order again. */
+	e->random.counter = params->now_ns;
+	e->outbox.credit_ns = UINT64_C(1000000000);
+	e->outbox.credited_ns = params->now_ns;
+	set_time(e, params->now_ns);
+	nat_portsets_init(e, (uint8_t *)mem + l.portsets, params->max_sessions);
+	e->hosts.slot = (struct nat_host *)(void *)((uint8_t *)mem + l.hosts);
+	e->hosts.n_slots = l.n_hosts;
+	nat_frags_init(e, (uint8_t *)mem + l.frags);
+	nat_wheel_init(e);
+	e->notes = &params->policy->notes[params->worker];
+	nat_table_bind(e->table, e->policy);
+	set_timeouts(e);
+	nat_session_adopt(e);
+	return e;
+}
+
+void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy)
+{
+	nat_table_bind(e->table, policy);
+	nat_policy_inherit(policy, e->policy, e->worker);
+	e->policy = policy;
+	e->notes = &policy->notes[e->worker];
+	set_timeouts(e);
+}
+
+/* ---- counters and views
+ * ------------------------------------------------------------------------------------------------------ */
+
+const struct nat_counters *nat_engine_counters(const struct nat_engine *e)
+{
+	return &e->counters;
+}
+
+void nat_engine_undo(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_reason reason)
+{
+	if (pkt->made) {
+		e->counters.made--;
+		return;
+	}
+	if (pkt->verdict == NAT_FORWARD) {
+		e->counters.forwarded--;
+	} else {
+		NAT_ASSERT(pkt->verdict == NAT_PASS);
+		e->counters.passed--;
+		e->counters.reason[pkt->reason]--;
+	}
+	e->counters.reason[reason]++;
+}
+
+void nat_engine_bypass(struct nat_engine *e, enum nat_verdict verdict, enum nat_reason reason)
+{
+	e->counters.received++;
+	if (verdict == NAT_PASS)
+		e->counters.passed++;
+	e->counters.reason[reason]++;
+}
+
+static const char *state_name(const struct nat_session *s)
+{
+	static const char *const name[NAT_TIMER_COUNT] = {
+		[NAT_TIMER_FREE] = "free",
+		[NAT_TIMER_TCP_OPENING] = "opening",
+		[NAT_TIMER_TCP_ESTABLISHED] = "established",
+		[NAT_TIMER_TCP_CLOSING] = "closing",
+		[NAT_TIMER_UDP] = "two_way",
+		[NAT_TIMER_UDP_ONE_WAY] = "one_way",
+		[NAT_TIMER_DNS] = "dns",
+		[NAT_TIMER_ICMP] = "query",
+		[NAT_TIMER_HOLD] = "hold",
+	};
+	return name[s->timer];
+}
+
+static void view_session(const struct nat_engine *e, uint32_t record, struct nat_session_view *view)
+{
+	const struct nat_session *s = &e->record[record];
+	const uint32_t deadline_s = nat_session_deadline(e, s);
+
+	*view = (struct nat_session_view){.inside = s->inside,
+					  .out_addr_be = s->out_addr_be,
+					  .out_port_be = s->out_port_be,
+					  .zone_id = s->zone_id,
+					  .pool_id = s->pool_id,
+					  .state = state_name(s),
+					  .age_s = e->now_s - s->created_s,
+					  .idle_s = e->now_s - s->last_seen_s,
+					  .expires_s = deadline_s > e->now_s ? deadline_s - e->now_s : 0,
+					  .bytes_out = s->bytes_out,
+					  .bytes_in = s->bytes_in,
+					  .record = record,
+					  .worker = s->worker};
+}
+
+bool nat_engine_sessions(struct nat_engine *e, uint64_t *cursor, uint32_t budget, uint64_t now_ns,
+			 bool (*visit)(void *context, const struct nat_session_view *view), void *context)
+{
+	const uint8_t *owner = nat_table_owners(e->table);
+	uint32_t leased = atomic_load(&e->table->chunks_leased);
+
+	set_time(e, now_ns);
+	if (leased > e->table->n_chunks)
+		leased = e->table->n_chunks;
+	while (*cursor < (uint64_t)leased * NAT_CHUNK) {
+		const uint32_t record = (uint32_t)*cursor;
+		if (record % NAT_CHUNK == 0 && owner[record / NAT_CHUNK] % e->n_workers != e->worker) {
+			*cursor += NAT_CHUNK;
+			continue;
+		}
+		if (budget-- == 0)
+			return true;
+		(*cursor)++;
+		const struct nat_session *s = &e->record[record];
+		struct nat_session_view view;
+		if (s->timer == NAT_TIMER_FREE || (s->flags & NAT_RECORD_MAPPING) || nat_session_over(e, s))
+			continue;
+		view_session(e, record, &view);
+		if (!visit(context, &view))
+			return true;
+	}
+	return false;
+}
+
+bool nat_engine_clear(struct nat_engine *e, uint32_t record)
+{
+	if (record >= e->table->n_records || e->record[record].worker != e->worker ||
+	    e->record[record].timer == NAT_TIMER_FREE || (e->record[record].flags & NAT_RECORD_MAPPING))
+		return false;
+	e->counters.sessions_closed++;
+	nat_session_end(e, record);
+	return true;
+}
+
+bool nat_engine_address(const struct nat_engine *e, uint32_t i, struct nat_address_view *view)
+{
+	if (i >= e->policy->n_addresses)
+		return false;
+	*view = (struct nat_address_view){.address_be = e->policy->address[i].address_be,
+					  .pool = e->policy->address[i].pool,
+					  .sessions = e->notes->address[i].sessions,
+					  .created = e->notes->address[i].created,
+					  .refused = e->notes->address[i].refused,
+					  .draining = e->policy->address[i].draining};
+	return true;
+}
+
+bool nat_engine_zone(const struct nat_engine *e, uint32_t i, struct nat_zone_view *view)
+{
+	if (i >= e->policy->n_zones)
+		return false;
+	*view = (struct nat_zone_view){.config = e->policy->zone[i].config,
+				       .id = e->policy->zone[i].id,
+				       .created = e->notes->zone[i].created,
+				       .refused = e->notes->zone[i].refused};
+	return true;
+}

@@ -1,0 +1,260 @@
+/* A worker's engine, as its stages share it. engine.c has the path of a burst on one screen.
+ *
+ * Everything here is private to one worker and is carved from the memory that the shell hands to
+ * nat_engine_init(); only the records (nat_table) and the policy are shared, and of those a worker writes
+ * only what is its own.
+ */
+#ifndef NAT_ENGINE_H
+#define NAT_ENGINE_H
+
+#include "csum.h"
+#include "hash.h"
+#include "nat.h"
+#include "policy.h"
+#include "pool.h"
+#include "session.h"
+#include "wire.h"
+
+enum {                            /* nat_pkt.stage_flags */
+       NAT_STAGE_INBOUND = 0x01,  /* from outside: towards a pool address */
+       NAT_STAGE_FRAGMENT = 0x02, /* a fragment, first or not */
+       NAT_STAGE_LATER = 0x04,    /* a fragment without the transport header */
+       NAT_STAGE_ICMP_ERROR =
+	       0x08, /* tuple is that of the quoted packet, seen from the sender of the error's side */
+       NAT_STAGE_HAIRPIN = 0x10, /* from inside to a pool address: goes through the engine a second time */
+       NAT_STAGE_SECOND = 0x20,  /* is on that second time: TTL is paid already */
+};
+
+/* The timer wheel: one slot per second, several chains per slot so that their records can be fetched
+ * together. A record hangs in the slot of its deadline, or in the farthest one; when the slot comes up and
+ * the record was refreshed meanwhile, it is hung up again. Refreshing a session therefore costs nothing here.
+ */
+#define NAT_WHEEL_SLOTS  1024u
+#define NAT_WHEEL_CHAINS 8u
+struct nat_wheel {
+	uint32_t head[NAT_WHEEL_SLOTS][NAT_WHEEL_CHAINS];
+	uint32_t done_s; /* every slot up to this second has been emptied */
+};
+
+/* Fragments: see frag.c. */
+#define NAT_FRAG_HELD_PER_DATAGRAM 16u
+#define NAT_FRAG_SOURCES           256u
+struct nat_frag_entry {
+	uint32_t source_be, destination_be; /* before translation */
+	uint16_t id_be, new_id_be;
+	uint8_t protocol, iface, state, n_held;
+	uint32_t local_be; /* what replaces source (outbound) or destination (inbound) */
+	struct nat_hop hop;
+	uint32_t seen_s;
+	uint32_t first_held; /* chain in nat_frags.held, in order of arrival */
+	uint32_t next;       /* hash chain */
+	uint8_t reason;
+	uint8_t stage_flags;
+};
+struct nat_frag_held {
+	struct nat_pkt pkt;
+	uint32_t next;
+};
+struct nat_frags {
+	struct nat_frag_entry *entry;
+	struct nat_frag_held *held;
+	uint32_t *bucket;
+	uint32_t n_entries, n_held, bucket_mask;
+	uint32_t free_entry, free_held;
+	uint16_t waiting_of[NAT_FRAG_SOURCES]; /* entries without a first fragment, by hash of the source */
+	uint32_t hand;                         /* the next entry that ageing looks at */
+	uint16_t next_id;
+};
+
+/* Packets that nat_engine_next() will give out: made by the engine, or let go by frag.c. */
+#define NAT_OUTBOX         2048u /* more than one burst of first fragments can let go */
+#define NAT_MADE_PER_BURST 64u
+struct nat_outbox {
+	struct nat_pkt pkt[NAT_OUTBOX];
+	uint32_t head, n; /* pkt[head..n) are not given out yet */
+	uint8_t made[NAT_MADE_PER_BURST][NAT_MADE_BYTES_MAX];
+	uint32_t n_made;
+	uint64_t credit_ns, credited_ns; /* of the rate limit, see icmp.c */
+};
+
+/* What is known of an inside host while it has sessions: for limits, and for the paired address. See host.c.
+ */
+struct nat_host {
+	uint32_t address_be; /* 0: empty */
+	uint32_t sessions;
+	uint32_t paired_be;
+	uint32_t tokens_s; /* second of the last refill */
+	uint32_t tokens;
+};
+struct nat_hosts {
+	struct nat_host *slot;
+	uint32_t n_slots, used;
+};
+
+struct nat_engine {
+	struct nat_policy *policy;
+	struct nat_worker_notes *notes;
+	struct nat_table *table;
+	struct nat_session *record;
+	uint64_t now_ns;
+	uint32_t now_s;
+	uint32_t worker, n_workers;
+	uint32_t timeout_s[NAT_TIMER_COUNT];
+	struct nat_index index;
+	uint32_t free_record;
+	uint32_t n_records;    /* the table's */
+	uint64_t records_left; /* of params.max_sessions */
+	struct nat_world world;
+	struct nat_random random;
+	struct nat_counters counters;
+	struct nat_portsets portsets;
+	struct nat_hosts hosts;
+	struct nat_frags frags;
+	struct nat_wheel wheel;
+	struct nat_outbox outbox;
+};
+
+/* ---- verdicts
+ * ---------------------------------------------------------------------------------------------------- */
+
+static inline void nat_settle(struct nat_pkt *pkt, enum nat_verdict verdict, enum nat_reason reason)
+{
+	pkt->verdict = (uint8_t)verdict;
+	pkt->reason = (uint8_t)reason;
+	pkt->settled = 1;
+}
+
+static inline void nat_drop(struct nat_pkt *pkt, enum nat_reason reason)
+{
+	nat_settle(pkt, NAT_DROP, reason);
+}
+
+static inline void nat_pass(struct nat_pkt *pkt, enum nat_reason reason)
+{
+	nat_settle(pkt, NAT_PASS, reason);
+}
+
+static inline bool nat_is_inbound(const struct nat_pkt *pkt)
+{
+	return (pkt->stage_flags & NAT_STAGE_INBOUND) != 0;
+}
+
+/* ---- stages, in the order of the path
+ * ---------------------------------------------------------------------------- */
+
+void nat_parse(struct nat_pkt *pkt, uint32_t n);
+void nat_classify(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
+void nat_session_lookup(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
+void nat_route(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
+void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
+void nat_rewrite(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
+
+/* Only the address of the packet's own side and the TTL: for packets whose ports are elsewhere (rewrite.c).
+ */
+void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t local_be);
+
+/* ---- sessions (session.c)
+ * ------------------------------------------------------------------------------------------ */
+
+static inline uint32_t nat_session_deadline(const struct nat_engine *e, const struct nat_session *s)
+{
+	return s->last_seen_s + e->timeout_s[s->timer] + 1;
+}
+
+/* Time is up, whether the wheel has noticed or not. A mapping in use has no deadline. */
+static inline bool nat_session_over(const struct nat_engine *e, const struct nat_session *s)
+{
+	if ((s->flags & NAT_RECORD_MAPPING) && s->timer != NAT_TIMER_HOLD)
+		return false;
+	return (int32_t)(e->now_s - nat_session_deadline(e, s)) >= 0;
+}
+
+/* A live record with this tuple, or NAT_NO_RECORD. One whose time is up is ended on the way. */
+uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, uint64_t hash);
+
+/* Fills a new record, puts it under both tuples and on the wheel. NAT_NO_RECORD: table or index is full. */
+uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want);
+void nat_session_end(struct nat_engine *e, uint32_t record);
+
+/* The mapping that a session of an endpoint-independent pool stands under, or NAT_NO_RECORD. */
+uint32_t nat_session_mapping(struct nat_engine *e, const struct nat_session *s);
+
+/* Has the inside sent to this remote address over this mapping (RFC 4787 address-dependent filtering)? */
+bool nat_session_permits(struct nat_engine *e, const struct nat_session *mapping, uint32_t remote_be);
+
+/* Indexes again what the table already holds for this worker. */
+void nat_session_adopt(struct nat_engine *e);
+
+/* The record's time-out is now that of `timer`, counted from its last packet. */
+void nat_session_set_timer(struct nat_engine *e, uint32_t record, enum nat_timer timer);
+
+/* Books a packet of the session: state, timer, time, bytes. */
+void nat_session_touch(struct nat_engine *e, struct nat_pkt *pkt);
+
+/* ---- the wheel (wheel.c)
+ * -------------------------------------------------------------------------------------------- */
+
+void nat_wheel_init(struct nat_engine *e);
+void nat_wheel_hang(struct nat_engine *e, uint32_t record);
+void nat_wheel_take(struct nat_engine *e, uint32_t record);
+
+/* Ends what is over; looks at no more than `budget` records. True when it is up to date. */
+bool nat_wheel_turn(struct nat_engine *e, uint32_t budget);
+
+/* ---- TCP (tcp.c)
+ * ------------------------------------------------------------------------------------------------------ */
+
+/* The state after a segment, and the timer that goes with it. */
+uint8_t nat_tcp_next(uint8_t state, uint8_t tcp_flags, bool inbound);
+enum nat_timer nat_tcp_timer(uint8_t state);
+
+/* ---- ICMP (icmp.c)
+ * ----------------------------------------------------------------------------------------------------- */
+
+/* Reads the quoted packet of an ICMP error into pkt->tuple. */
+void nat_icmp_parse_error(struct nat_pkt *pkt);
+void nat_icmp_rewrite_error(struct nat_engine *e, struct nat_pkt *pkt, const struct nat_session *s);
+
+/* An error about pkt (whose bytes are still the original ones), to its sender. Rate-limited; silent where RFC
+ * 1122 3.2.2 wants silence. `mtu_bytes` counts for 3/4 only. */
+void nat_icmp_make(struct nat_engine *e, const struct nat_pkt *pkt, uint8_t type, uint8_t code,
+		   uint16_t mtu_bytes);
+
+/* The answer to a TCP segment in mid-flow without a session: a reset to its sender (RFC 9293 3.5.2). */
+void nat_tcp_make_reset(struct nat_engine *e, const struct nat_pkt *pkt);
+
+/* ---- fragments (frag.c)
+ * -------------------------------------------------------------------------------------------------- */
+
+size_t nat_frags_size(const struct nat_policy *policy);
+void nat_frags_init(struct nat_engine *e, void *mem);
+
+/* Later fragments: gives them what their first fragment got, or holds them. */
+void nat_frags_follow(struct nat_engine *e, struct nat_pkt *pkt);
+
+/* A first fragment has its verdict: remembers it, and lets go those that came before it. */
+void nat_frags_lead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be,
+		    uint16_t id_be);
+void nat_frags_age(struct nat_engine *e);
+
+/* ---- hosts (host.c)
+ * ------------------------------------------------------------------------------------------------------- */
+
+/* May this host have one more session? The reason if not. */
+enum nat_reason nat_host_admit(struct nat_engine *e, uint32_t address_be);
+void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be);
+void nat_host_remove(struct nat_engine *e, uint32_t address_be);
+
+/* The public address that this host's sessions use, 0 if it has none. */
+uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be);
+
+/* ---- outbox
+ * ------------------------------------------------------------------------------------------------------------------
+ */
+
+/* Room for one packet made by the engine, NULL when this burst has made enough. */
+uint8_t *nat_outbox_buffer(struct nat_engine *e);
+void nat_outbox_put(struct nat_engine *e, const struct nat_pkt *pkt);
+bool nat_outbox_has_room(const struct nat_engine *e);
+
+#endif

@@ -1,0 +1,118 @@
+/* Inside hosts: how many sessions each has, how fast it opens them, which public address it is paired with.
+ *
+ * A host is in the table while it has sessions (or an unfilled bucket of tokens), found by its address with
+ * linear probing; removal shifts followers back, so there are no tombstones. Only the opening and the end of
+ * a session come here. When the table is full a new host is not followed: it is served without a limit rather
+ * than refused.
+ */
+#include "engine.h"
+
+static uint32_t home(const struct nat_engine *e, uint32_t address_be)
+{
+	return nat_scale32((uint32_t)nat_hash64(&e->index.key, address_be, 1), e->hosts.n_slots);
+}
+
+static uint32_t next_slot(const struct nat_engine *e, uint32_t slot)
+{
+	return slot + 1 == e->hosts.n_slots ? 0 : slot + 1;
+}
+
+static struct nat_host *find(const struct nat_engine *e, uint32_t address_be)
+{
+	for (uint32_t slot = home(e, address_be);; slot = next_slot(e, slot)) {
+		if (e->hosts.slot[slot].address_be == address_be)
+			return &e->hosts.slot[slot];
+		if (e->hosts.slot[slot].address_be == 0)
+			return NULL;
+	}
+}
+
+static bool is_stale(const struct nat_engine *e, const struct nat_host *host)
+{
+	return host->sessions == 0 && host->tokens_s != e->now_s;
+}
+
+static struct nat_host *find_or_add(struct nat_engine *e, uint32_t address_be)
+{
+	struct nat_host *host = find(e, address_be);
+	if (host)
+		return host;
+	/* A stale entry on the way may be written over: the slot stays in use, so no other host's search is
+	 * cut short. */
+	uint32_t slot = home(e, address_be);
+	while (e->hosts.slot[slot].address_be != 0 && !is_stale(e, &e->hosts.slot[slot]))
+		slot = next_slot(e, slot);
+	if (e->hosts.slot[slot].address_be == 0) {
+		if (e->hosts.used >= e->hosts.n_slots - e->hosts.n_slots / 8)
+			return NULL;
+		e->hosts.used++;
+	}
+	e->hosts.slot[slot] = (struct nat_host){.address_be = address_be,
+						.tokens = e->policy->limits.new_per_host_per_s,
+						.tokens_s = e->now_s};
+	return &e->hosts.slot[slot];
+}
+
+static void remove_slot(struct nat_engine *e, uint32_t hole)
+{
+	for (uint32_t slot = next_slot(e, hole); e->hosts.slot[slot].address_be != 0;
+	     slot = next_slot(e, slot)) {
+		uint32_t want = home(e, e->hosts.slot[slot].address_be);
+		/* May the entry at `slot` move to `hole`? Only if its home is not between them. */
+		bool between = hole < slot ? want > hole && want <= slot : want > hole || want <= slot;
+		if (between)
+			continue;
+		e->hosts.slot[hole] = e->hosts.slot[slot];
+		hole = slot;
+	}
+	e->hosts.slot[hole].address_be = 0;
+	e->hosts.used--;
+}
+
+enum nat_reason nat_host_admit(struct nat_engine *e, uint32_t address_be)
+{
+	const struct nat_limits *limits = &e->policy->limits;
+
+	if (limits->sessions_per_host == 0 && limits->new_per_host_per_s == 0)
+		return NAT_REASON_OK;
+	struct nat_host *host = find_or_add(e, address_be);
+	if (!host)
+		return NAT_REASON_OK;
+	if (limits->sessions_per_host != 0 && host->sessions >= limits->sessions_per_host)
+		return NAT_REASON_HOST_SESSIONS;
+	if (limits->new_per_host_per_s == 0)
+		return NAT_REASON_OK;
+	if (host->tokens_s != e->now_s) {
+		host->tokens = limits->new_per_host_per_s;
+		host->tokens_s = e->now_s;
+	}
+	if (host->tokens == 0)
+		return NAT_REASON_HOST_RATE;
+	host->tokens--;
+	return NAT_REASON_OK;
+}
+
+void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
+{
+	struct nat_host *host = find_or_add(e, address_be);
+	if (!host)
+		return;
+	if (host->sessions++ == 0)
+		host->paired_be = paired_be;
+}
+
+void nat_host_remove(struct nat_engine *e, uint32_t address_be)
+{
+	struct nat_host *host = find(e, address_be);
+	if (!host || host->sessions == 0)
+		return;
+	if (--host->sessions == 0 &&
+	    (host->tokens_s != e->now_s || e->policy->limits.new_per_host_per_s == 0))
+		remove_slot(e, (uint32_t)(host - e->hosts.slot));
+}
+
+uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be)
+{
+	const struct nat_host *host = find(e, address_be);
+	return host && host->sessions > 0 ? host->paired_be : 0;
+}

@@ -1,0 +1,191 @@
+/* Bytes to tuple. Every length is checked here and nowhere later: a packet that leaves this file unsettled
+ * has a sound IPv4 header, and (but for later fragments) the transport header that its protocol needs, inside
+ * its total length and inside the buffer.
+ *
+ * The tuple is left as "local = source": classify.c turns it round for packets from outside.
+ */
+#include "engine.h"
+
+static bool is_martian_source(uint32_t address)
+{
+	return address >> 24 == 0 || address >> 24 == 127 ||
+	       address >> 28 >= 14; /* RFC 1122 3.2.1.3; 224/4, 240/4 */
+}
+
+static bool is_martian_destination(uint32_t address)
+{
+	return address >> 24 == 0 || address >> 24 == 127;
+}
+
+static bool is_group(uint32_t address)
+{
+	return address >> 28 == 14 || address == UINT32_MAX;
+}
+
+static void parse_ports(struct nat_pkt *pkt, const uint8_t *l4)
+{
+	pkt->tuple.local_port_be = nat_get16(l4 + NAT_L4_SOURCE_PORT);
+	pkt->tuple.remote_port_be = nat_get16(l4 + NAT_L4_DESTINATION_PORT);
+	if (pkt->tuple.local_port_be == 0 || pkt->tuple.remote_port_be == 0)
+		nat_drop(pkt, NAT_REASON_BAD_PORT);
+}
+
+static void parse_tcp(struct nat_pkt *pkt, const uint8_t *l4)
+{
+	if (pkt->l4_bytes < NAT_TCP_HEADER_BYTES) {
+		/* RFC 1858: a first fragment too small for the TCP header hides its flags. */
+		nat_drop(pkt,
+			 pkt->stage_flags & NAT_STAGE_FRAGMENT ? NAT_REASON_FRAG_BAD : NAT_REASON_TRUNCATED);
+		return;
+	}
+	unsigned header_bytes = (l4[NAT_TCP_OFFSET] >> 4) * 4u;
+	if (header_bytes < NAT_TCP_HEADER_BYTES ||
+	    (header_bytes > pkt->l4_bytes && !(pkt->stage_flags & NAT_STAGE_FRAGMENT))) {
+		nat_drop(pkt, NAT_REASON_BAD_LENGTH);
+		return;
+	}
+	pkt->tcp_flags = l4[NAT_TCP_FLAGS];
+	parse_ports(pkt, l4);
+}
+
+static void parse_udp(struct nat_pkt *pkt, const uint8_t *l4)
+{
+	if (pkt->l4_bytes < NAT_UDP_HEADER_BYTES) {
+		nat_drop(pkt, NAT_REASON_TRUNCATED);
+		return;
+	}
+	unsigned length_bytes = nat_read16(l4 + NAT_UDP_LENGTH);
+	if (length_bytes < NAT_UDP_HEADER_BYTES ||
+	    (length_bytes > pkt->l4_bytes && !(pkt->stage_flags & NAT_STAGE_FRAGMENT))) {
+		nat_drop(pkt, NAT_REASON_BAD_LENGTH);
+		return;
+	}
+	parse_ports(pkt, l4);
+}
+
+static void parse_icmp(struct nat_pkt *pkt, const uint8_t *l4)
+{
+	if (pkt->l4_bytes < NAT_ICMP_HEADER_BYTES) {
+		nat_drop(pkt, NAT_REASON_TRUNCATED);
+		return;
+	}
+	switch (l4[NAT_ICMP_TYPE]) {
+	case NAT_ICMP_ECHO:
+	case NAT_ICMP_ECHO_REPLY:
+		pkt->tuple.local_port_be = nat_get16(l4 + NAT_ICMP_ID);
+		return;
+	case NAT_ICMP_UNREACHABLE:
+	case NAT_ICMP_QUENCH:
+	case NAT_ICMP_TIME_EXCEEDED:
+	case NAT_ICMP_PARAMETER:
+		/* An error in fragments cannot be restored; RFC 1812 4.3.2.3 keeps errors to 576 bytes, so
+		 * nobody sends one. */
+		if (pkt->stage_flags & NAT_STAGE_FRAGMENT)
+			nat_drop(pkt, NAT_REASON_FRAG_BAD);
+		else
+			pkt->stage_flags |= NAT_STAGE_ICMP_ERROR;
+		return;
+	default:
+		return; /* classify.c decides: it may be for the gateway itself */
+	}
+}
+
+static void parse_transport(struct nat_pkt *pkt)
+{
+	const uint8_t *l4 = pkt->l3 + pkt->l4_offset;
+
+	switch (pkt->tuple.protocol) {
+	case NAT_PROTO_TCP:
+		parse_tcp(pkt, l4);
+		break;
+	case NAT_PROTO_UDP:
+		parse_udp(pkt, l4);
+		break;
+	case NAT_PROTO_ICMP:
+		parse_icmp(pkt, l4);
+		break;
+	default:
+		break; /* classify.c decides */
+	}
+}
+
+static void parse_fragment(struct nat_pkt *pkt, unsigned fragment)
+{
+	const unsigned offset_bytes = (fragment & NAT_IP_OFFSET_MASK) * 8u;
+
+	pkt->stage_flags |= NAT_STAGE_FRAGMENT;
+	/* RFC 1858 and 3128: offset 1 overwrites TCP flags; and nothing may end behind byte 65535. */
+	if ((fragment & NAT_IP_OFFSET_MASK) == 1 || offset_bytes + pkt->total_bytes > UINT16_MAX ||
+	    pkt->l4_bytes == 0)
+		nat_drop(pkt, NAT_REASON_FRAG_BAD);
+	else if (offset_bytes != 0)
+		pkt->stage_flags |= NAT_STAGE_LATER;
+}
+
+static void parse_one(struct nat_pkt *pkt)
+{
+	const uint8_t *ip = pkt->l3;
+
+	pkt->settled = 0;
+	pkt->made = 0;
+	pkt->stage_flags = 0;
+	pkt->tcp_flags = 0;
+	pkt->session = NAT_NO_SESSION;
+	pkt->zone = NAT_NO_ZONE;
+	pkt->hop = (struct nat_hop){0};
+	if (pkt->len_bytes < NAT_IP_HEADER_BYTES) {
+		nat_drop(pkt, NAT_REASON_TRUNCATED);
+		return;
+	}
+	const unsigned header_bytes = (ip[0] & 0xf) * 4u;
+	pkt->total_bytes = nat_read16(ip + NAT_IP_LENGTH);
+	if (ip[0] >> 4 != 4) {
+		nat_drop(pkt, NAT_REASON_BAD_VERSION);
+		return;
+	}
+	if (header_bytes < NAT_IP_HEADER_BYTES || pkt->total_bytes < header_bytes) {
+		nat_drop(pkt, NAT_REASON_BAD_HEADER);
+		return;
+	}
+	if (pkt->total_bytes > pkt->len_bytes) {
+		nat_drop(pkt, NAT_REASON_TRUNCATED);
+		return;
+	}
+	if (!(pkt->flags & NAT_PKT_IP_CSUM_GOOD) && nat_csum_bytes(ip, header_bytes) != 0) {
+		nat_drop(pkt, NAT_REASON_BAD_CHECKSUM);
+		return;
+	}
+	pkt->l4_offset = (uint16_t)header_bytes;
+	pkt->l4_bytes = (uint16_t)(pkt->total_bytes - header_bytes);
+	pkt->tuple = (struct nat_tuple){.local_be = nat_get32(ip + NAT_IP_SOURCE),
+					.remote_be = nat_get32(ip + NAT_IP_DESTINATION),
+					.protocol = ip[NAT_IP_PROTOCOL]};
+	const uint32_t source = NAT_NTOH32(pkt->tuple.local_be),
+		       destination = NAT_NTOH32(pkt->tuple.remote_be);
+	/* 0.0.0.0 as source towards a group is DHCP's: the kernel's matter. */
+	if (is_group(destination)) {
+		nat_pass(pkt, NAT_REASON_GROUP);
+		return;
+	}
+	if (is_martian_source(source)) {
+		nat_drop(pkt, NAT_REASON_BAD_SOURCE);
+		return;
+	}
+	if (is_martian_destination(destination) || destination >> 28 == 15) {
+		nat_drop(pkt, NAT_REASON_BAD_DESTINATION);
+		return;
+	}
+	const unsigned fragment = nat_read16(ip + NAT_IP_FRAGMENT);
+	if (NAT_UNLIKELY(fragment & (NAT_IP_MF | NAT_IP_OFFSET_MASK))) {
+		parse_fragment(pkt, fragment);
+		if (pkt->settled || (pkt->stage_flags & NAT_STAGE_LATER))
+			return;
+	}
+	parse_transport(pkt);
+}
+
+void nat_parse(struct nat_pkt *pkt, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++)
+		parse_one(&pkt[i]);
+}

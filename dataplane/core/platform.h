@@ -1,0 +1,40 @@
+/* The only file of the core that goes beyond C17: prefetch, alignment, byte order, a wide multiply. */
+#ifndef NAT_PLATFORM_H
+#define NAT_PLATFORM_H
+
+#include <stdint.h>
+
+#define NAT_CACHE_LINE 64
+
+#if defined(__GNUC__)
+#define NAT_PREFETCH(address) __builtin_prefetch((address), 1, 3)
+#define NAT_LIKELY(x)         __builtin_expect(!!(x), 1)
+#define NAT_UNLIKELY(x)       __builtin_expect(!!(x), 0)
+#define NAT_ALIGNED           __attribute__((aligned(NAT_CACHE_LINE)))
+#define NAT_TRAP()            __builtin_trap()
+#define NAT_CTZ64(x)          ((unsigned)__builtin_ctzll(x))
+#define NAT_SWAP16(x)         __builtin_bswap16(x)
+#define NAT_SWAP32(x)         __builtin_bswap32(x)
+__extension__ typedef unsigned __int128 nat_u128;
+#else
+#error "a compiler with GNU builtins is needed"
+#endif
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define NAT_NTOH16(x) NAT_SWAP16(x)
+#define NAT_NTOH32(x) NAT_SWAP32(x)
+#else
+#define NAT_NTOH16(x) ((uint16_t)(x))
+#define NAT_NTOH32(x) ((uint32_t)(x))
+#endif
+#define NAT_HTON16(x) NAT_NTOH16((uint16_t)(x))
+#define NAT_HTON32(x) NAT_NTOH32((uint32_t)(x))
+
+/* Impossible, unless the core itself is wrong: better dead than translating wrongly. */
+#define NAT_ASSERT(condition)                                                                                \
+	do {                                                                                                 \
+		if (NAT_UNLIKELY(!(condition)))                                                              \
+			NAT_TRAP();                                                                          \
+	} while (0)
+
+#endif

@@ -1,0 +1,355 @@
+/* Builds a policy in one piece of memory, and answers its look-ups. See policy.h. */
+#include "policy.h"
+
+#include <string.h>
+
+static uint32_t prefix_mask(uint8_t length_bits)
+{
+	return length_bits == 0 ? 0 : UINT32_MAX << (32 - length_bits);
+}
+
+static uint32_t prefix_last(const struct nat_prefix *prefix)
+{
+	return (prefix->address & prefix_mask(prefix->length_bits)) | ~prefix_mask(prefix->length_bits);
+}
+
+static uint32_t prefix_first(const struct nat_prefix *prefix)
+{
+	return prefix->address & prefix_mask(prefix->length_bits);
+}
+
+static uint32_t count_addresses(const struct nat_config *config)
+{
+	uint32_t n = 0;
+	for (uint32_t p = 0; p < config->n_pools; p++)
+		for (uint32_t r = 0; r < config->pools[p].n_ranges; r++)
+			n += config->pools[p].ranges[r].last - config->pools[p].ranges[r].first + 1;
+	return n;
+}
+
+static uint32_t slots_for(uint32_t n_addresses)
+{
+	uint32_t slots = 16;
+	while (slots < n_addresses * 2)
+		slots *= 2;
+	return slots;
+}
+
+static uint32_t workers_of(const struct nat_config *config)
+{
+	return config->workers == 0 ? 1 : config->workers;
+}
+
+/* Boundaries: 0, each first, each last + 1. Sorted, without doubles. At most 2 * n_zones + 1. */
+static void sift_down(uint32_t *a, uint32_t root, uint32_t n)
+{
+	for (uint32_t child; (child = root * 2 + 1) < n; root = child) {
+		if (child + 1 < n && a[child + 1] > a[child])
+			child++;
+		if (a[root] >= a[child])
+			return;
+		uint32_t swap = a[root];
+		a[root] = a[child];
+		a[child] = swap;
+	}
+}
+
+static void sort_u32(uint32_t *a, uint32_t n)
+{
+	for (uint32_t i = n / 2; i-- > 0;)
+		sift_down(a, i, n);
+	for (uint32_t end = n; end > 1;) {
+		end--;
+		uint32_t swap = a[0];
+		a[0] = a[end];
+		a[end] = swap;
+		sift_down(a, 0, end);
+	}
+}
+
+static bool has_destination(const struct nat_zone_config *zone)
+{
+	return zone->destination.length_bits != 0;
+}
+
+/* Lists the candidates of the interval that begins at `first` into `out` (NULL: only counts). */
+static uint32_t candidates_of(const struct nat_config *config, uint32_t first, uint32_t *out)
+{
+	uint32_t n = 0;
+	for (uint32_t z = 0; z < config->n_zones; z++) {
+		const struct nat_zone_config *zone = &config->zones[z];
+		if (((first ^ zone->source.address) & prefix_mask(zone->source.length_bits)) != 0)
+			continue;
+		if (out)
+			out[n] = z;
+		n++;
+		if (!has_destination(zone))
+			break;
+	}
+	return n;
+}
+
+/* Fills `bounds` (room for 2 * n_zones + 1) and gives their number. */
+static uint32_t interval_bounds(const struct nat_config *config, uint32_t *bounds)
+{
+	uint32_t n = 0, kept = 0;
+	bounds[n++] = 0;
+	for (uint32_t z = 0; z < config->n_zones; z++) {
+		uint32_t last = prefix_last(&config->zones[z].source);
+		bounds[n++] = prefix_first(&config->zones[z].source);
+		if (last != UINT32_MAX)
+			bounds[n++] = last + 1;
+	}
+	sort_u32(bounds, n);
+	for (uint32_t i = 0; i < n; i++)
+		if (i == 0 || bounds[i] != bounds[kept - 1])
+			bounds[kept++] = bounds[i];
+	return kept;
+}
+
+/* Room for all candidate lists: exact, but that a boundary shared by two zones counts twice. Never below the
+ * number of boundaries, which are sorted in the same memory. */
+static uint64_t count_candidates(const struct nat_config *config)
+{
+	uint64_t n = candidates_of(config, 0, NULL), bounds = 2 * (uint64_t)config->n_zones + 1;
+	for (uint32_t z = 0; z < config->n_zones; z++) {
+		n += candidates_of(config, prefix_first(&config->zones[z].source), NULL);
+		n += candidates_of(config, prefix_last(&config->zones[z].source) + 1, NULL);
+	}
+	return n > bounds ? n : bounds;
+}
+
+/* Carves aligned pieces off one block; with base NULL it only adds up sizes. */
+struct carver {
+	uint8_t *base;
+	size_t used;
+};
+
+static void *carve(struct carver *c, size_t bytes)
+{
+	c->used = (c->used + NAT_CACHE_LINE - 1) & ~(size_t)(NAT_CACHE_LINE - 1);
+	void *piece = c->base ? c->base + c->used : NULL;
+	c->used += bytes;
+	return piece;
+}
+
+static void carve_policy(struct carver *c, const struct nat_config *config, struct nat_policy *scratch,
+			 struct nat_policy **policy)
+{
+	const size_t n_addresses = count_addresses(config), n_zones = config->n_zones;
+
+	*policy = carve(c, sizeof(**policy));
+	struct nat_policy *p = *policy ? *policy : scratch;
+	p->pool = carve(c, config->n_pools * sizeof(*p->pool));
+	p->zone = carve(c, n_zones * sizeof(*p->zone));
+	p->address = carve(c, n_addresses * sizeof(*p->address));
+	p->interval = carve(c, (2 * n_zones + 1) * sizeof(*p->interval));
+	p->candidate = carve(c, count_candidates(config) * sizeof(*p->candidate));
+	p->address_slots = slots_for((uint32_t)n_addresses);
+	p->address_slot = carve(c, p->address_slots * sizeof(*p->address_slot));
+	for (uint32_t w = 0; w < workers_of(config); w++) {
+		p->notes[w].address = carve(c, n_addresses * sizeof(*p->notes[w].address));
+		p->notes[w].zone = carve(c, n_zones * sizeof(*p->notes[w].zone));
+	}
+}
+
+size_t nat_policy_size(const struct nat_config *config)
+{
+	struct nat_policy scratch, *none;
+	struct carver c = {NULL, 0};
+	carve_policy(&c, config, &scratch, &none);
+	return c.used;
+}
+
+static bool in_ranges(const struct nat_range *ranges, uint32_t n, uint32_t address)
+{
+	for (uint32_t i = 0; i < n; i++)
+		if (address >= ranges[i].first && address <= ranges[i].last)
+			return true;
+	return false;
+}
+
+static void add_address(struct nat_policy *p, uint32_t pool, uint32_t address, bool draining)
+{
+	const uint32_t number = p->n_addresses++, mask = p->address_slots - 1;
+	p->address[number] = (struct nat_address){NAT_HTON32(address), pool, draining};
+	uint32_t at =
+		(uint32_t)nat_multiply_fold(NAT_HTON32(address) ^ p->address_key.k0, p->address_key.k1) &
+		mask;
+	while (p->address_slot[at] != 0)
+		at = (at + 1) & mask;
+	p->address_slot[at] = number + 1;
+	p->pool[pool].n_addresses++;
+	p->pool[pool].n_in_service += !draining;
+}
+
+static void build_pool(struct nat_policy *p, uint32_t i, const struct nat_pool_config *config)
+{
+	struct nat_pool *pool = &p->pool[i];
+	memcpy(pool->name, config->name, sizeof(pool->name));
+	pool->first_address = p->n_addresses;
+	pool->port_first = config->port_first;
+	pool->port_last = config->port_last;
+	pool->mapping = (uint8_t)config->mapping;
+	pool->filtering = (uint8_t)config->filtering;
+	pool->select = (uint8_t)config->select;
+	pool->announce = (uint8_t)config->announce;
+	pool->active_while_be = config->active_while_be;
+	atomic_init(&pool->active, config->active_while_be == 0);
+	for (uint32_t r = 0; r < config->n_ranges; r++) {
+		const struct nat_range *range = &config->ranges[r];
+		for (uint32_t k = 0; k <= range->last - range->first; k++) {
+			uint32_t address = range->first + k;
+			add_address(p, i, address, in_ranges(config->drain, config->n_drain, address));
+		}
+	}
+}
+
+static void build_zones(struct nat_policy *p, const struct nat_config *config)
+{
+	for (uint32_t z = 0; z < config->n_zones; z++) {
+		struct nat_zone *zone = &p->zone[z];
+		zone->config = config->zones[z];
+		zone->source_mask = prefix_mask(zone->config.source.length_bits);
+		zone->destination_mask = prefix_mask(zone->config.destination.length_bits);
+		zone->config.source.address &= zone->source_mask;
+		zone->config.destination.address &= zone->destination_mask;
+		p->has_pass_zone |= zone->config.action == NAT_ACTION_PASS;
+	}
+	/* The bounds are sorted in the memory of the intervals' own candidate span, then moved up. */
+	uint32_t *bounds = p->candidate + count_candidates(config) - (2 * (uint64_t)config->n_zones + 1);
+	uint32_t used = 0;
+	p->n_intervals = interval_bounds(config, bounds);
+	for (uint32_t i = 0; i < p->n_intervals; i++)
+		p->interval[i].first = bounds[i];
+	for (uint32_t i = 0; i < p->n_intervals; i++) {
+		p->interval[i].candidate = used;
+		p->interval[i].n_candidates =
+			candidates_of(config, p->interval[i].first, p->candidate + used);
+		used += p->interval[i].n_candidates;
+	}
+	for (uint32_t top = 0, i = 0; top < 256; top++) {
+		while (i + 1 < p->n_intervals && p->interval[i + 1].first <= top << 24)
+			i++;
+		p->interval_of[top] = i;
+	}
+	p->interval_of[256] = p->n_intervals - 1;
+}
+
+struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
+				   const struct nat_policy *previous)
+{
+	struct nat_policy scratch, *p;
+	struct carver c = {mem, 0};
+
+	memset(mem, 0, nat_policy_size(config));
+	carve_policy(&c, config, &scratch, &p);
+	p->n_interfaces = config->n_interfaces;
+	p->n_pools = config->n_pools;
+	p->n_zones = config->n_zones;
+	p->n_workers = workers_of(config);
+	p->timeouts = config->timeouts;
+	p->limits = config->limits;
+	p->tcp_midflow = (uint8_t)config->tcp_midflow;
+	p->refusal = (uint8_t)config->refusal;
+	p->address_key = nat_key_from_seed(0, 'a');
+	for (uint32_t i = 0; i < config->n_interfaces; i++)
+		p->role[i] = (uint8_t)config->interfaces[i].role;
+	for (uint32_t i = 0; i < config->n_pools; i++)
+		build_pool(p, i, &config->pools[i]);
+	build_zones(p, config);
+	for (uint32_t i = 0; previous && i < p->n_pools; i++)
+		for (uint32_t k = 0; k < previous->n_pools; k++)
+			if (strcmp(p->pool[i].name, previous->pool[k].name) == 0 &&
+			    p->pool[i].active_while_be == previous->pool[k].active_while_be)
+				atomic_store(&p->pool[i].active, atomic_load(&previous->pool[k].active));
+	return p;
+}
+
+uint32_t nat_policy_zone(const struct nat_policy *p, uint32_t source, uint32_t destination)
+{
+	uint32_t low = p->interval_of[source >> 24], high = p->interval_of[(source >> 24) + 1];
+	while (low < high) {
+		uint32_t middle = low + (high - low + 1) / 2;
+		if (p->interval[middle].first <= source)
+			low = middle;
+		else
+			high = middle - 1;
+	}
+	const uint32_t *candidate = p->candidate + p->interval[low].candidate;
+	for (uint32_t i = 0; i < p->interval[low].n_candidates; i++) {
+		const struct nat_zone *zone = &p->zone[candidate[i]];
+		if (((destination ^ zone->config.destination.address) & zone->destination_mask) == 0)
+			return candidate[i];
+	}
+	return NAT_NO_ZONE;
+}
+
+bool nat_policy_passes(const struct nat_policy *p, uint32_t outside_source, uint32_t inside_destination)
+{
+	if (!p->has_pass_zone)
+		return false;
+	uint32_t zone = nat_policy_zone(p, inside_destination, outside_source);
+	return zone != NAT_NO_ZONE && p->zone[zone].config.action == NAT_ACTION_PASS;
+}
+
+static bool same_zone(const struct nat_policy *a, uint32_t i, const struct nat_policy *b, uint32_t k)
+{
+	const struct nat_zone_config *x = &a->zone[i].config, *y = &b->zone[k].config;
+	if (x->source.address != y->source.address || x->source.length_bits != y->source.length_bits ||
+	    x->destination.address != y->destination.address ||
+	    x->destination.length_bits != y->destination.length_bits || x->action != y->action)
+		return false;
+	return x->action != NAT_ACTION_POOL || strcmp(a->pool[x->pool].name, b->pool[y->pool].name) == 0;
+}
+
+void nat_policy_inherit(struct nat_policy *policy, const struct nat_policy *old, uint32_t worker)
+{
+	struct nat_worker_notes *to = &policy->notes[worker];
+	const struct nat_worker_notes *from = &old->notes[worker];
+
+	for (uint32_t i = 0; i < policy->n_addresses; i++) {
+		uint32_t k = nat_policy_address(old, policy->address[i].address_be);
+		if (k != UINT32_MAX)
+			to->address[i] = from->address[k];
+	}
+	/* Zones keep their order in most reloads: look at the neighbour of the last match first. */
+	for (uint32_t i = 0, next = 0; i < policy->n_zones; i++)
+		for (uint32_t step = 0; step < old->n_zones; step++) {
+			uint32_t k = next + step < old->n_zones ? next + step : next + step - old->n_zones;
+			if (!same_zone(policy, i, old, k))
+				continue;
+			to->zone[i] = from->zone[k];
+			if (policy->zone[i].config.action == NAT_ACTION_POOL &&
+			    to->zone[i].cursor >= policy->pool[policy->zone[i].config.pool].n_addresses)
+				to->zone[i].cursor = 0;
+			next = k + 1;
+			break;
+		}
+}
+
+void nat_policy_set_active(struct nat_policy *policy, uint32_t pool, bool active)
+{
+	atomic_store_explicit(&policy->pool[pool].active, active, memory_order_relaxed);
+}
+
+bool nat_policy_is_active(const struct nat_policy *policy, uint32_t pool)
+{
+	return atomic_load_explicit(&policy->pool[pool].active, memory_order_relaxed);
+}
+
+int32_t nat_policy_pool_of(const struct nat_policy *policy, uint32_t address_be)
+{
+	uint32_t number = nat_policy_address(policy, address_be);
+	return number == UINT32_MAX ? -1 : (int32_t)policy->address[number].pool;
+}
+
+uint16_t nat_policy_pool_id(const struct nat_policy *policy, uint32_t pool)
+{
+	return policy->pool[pool].id;
+}
+
+const char *nat_policy_pool_name(const struct nat_policy *policy, uint32_t pool)
+{
+	return policy->pool[pool].name;
+}

@@ -1,0 +1,108 @@
+/* The configuration made ready for packets: zones by source interval, addresses by hash, pools as spans of
+ * addresses.
+ *
+ * A policy is built aside, published by one pointer and then never changed, but for two things: the activity
+ * of pools (one atomic flag each, for `active_while`) and each worker's own notes (round-robin cursors,
+ * counts per address and zone), which lie in lines that no other worker writes.
+ */
+#ifndef NAT_POLICY_H
+#define NAT_POLICY_H
+
+#include <stdatomic.h>
+
+#include "hash.h"
+#include "nat.h"
+
+#define NAT_NO_ZONE UINT32_MAX
+
+struct nat_address {
+	uint32_t address_be;
+	uint32_t pool;
+	bool draining;
+};
+
+struct nat_pool {
+	char name[NAT_NAME_MAX];
+	uint32_t first_address, n_addresses; /* span in nat_policy.address, in the file's order */
+	uint32_t n_in_service;               /* not draining */
+	uint16_t port_first, port_last;
+	uint16_t id; /* stable, from the table's header */
+	uint8_t mapping, filtering, select, announce;
+	uint32_t active_while_be;
+	_Atomic bool active;
+};
+
+struct nat_zone {
+	struct nat_zone_config config;
+	uint32_t source_mask, destination_mask;
+	uint16_t id; /* stable, from the table's header */
+};
+
+/* Zones are cut at every source boundary into intervals. An interval lists the zones that cover it, in the
+ * file's order, up to the first that has no destination condition: nothing behind it can match. */
+struct nat_interval {
+	uint32_t first;                   /* it ends where the next begins */
+	uint32_t candidate, n_candidates; /* span in nat_policy.candidate */
+};
+
+struct nat_address_note {
+	uint64_t sessions, created, refused;
+};
+
+struct nat_zone_note {
+	uint64_t created, refused;
+	uint32_t cursor; /* round robin: offset in the pool's span of the address that is next */
+};
+
+struct nat_worker_notes { /* written by one worker only */
+	struct nat_address_note *address;
+	struct nat_zone_note *zone;
+};
+
+struct nat_policy {
+	uint32_t n_interfaces, n_pools, n_zones, n_addresses, n_intervals, n_workers;
+	uint8_t role[NAT_INTERFACES_MAX];
+	struct nat_pool *pool;
+	struct nat_zone *zone;
+	struct nat_address *address;
+	struct nat_interval *interval;
+	uint32_t *candidate;
+	uint32_t interval_of[257]; /* by the top 8 bits: where a search begins */
+	uint32_t *address_slot;    /* open addressing, address number + 1, 0 is empty */
+	uint32_t address_slots;    /* a power of two */
+	struct nat_key address_key;
+	struct nat_worker_notes notes[NAT_WORKERS_MAX];
+	struct nat_timeouts timeouts;
+	struct nat_limits limits;
+	uint8_t tcp_midflow, refusal;
+	bool has_pass_zone;
+	_Atomic uint32_t bound; /* 0 new, 1 being bound, 2 stable ids are in */
+};
+
+/* First zone that matches, or NAT_NO_ZONE. Host order. */
+uint32_t nat_policy_zone(const struct nat_policy *policy, uint32_t source, uint32_t destination);
+
+/* Is a packet from outside the answer to one that a pass zone let through? */
+bool nat_policy_passes(const struct nat_policy *policy, uint32_t outside_source, uint32_t inside_destination);
+
+/* Number of a pool address, or UINT32_MAX. */
+static inline uint32_t nat_policy_address(const struct nat_policy *policy, uint32_t address_be)
+{
+	const uint32_t mask = policy->address_slots - 1;
+	uint32_t at =
+		(uint32_t)nat_multiply_fold(address_be ^ policy->address_key.k0, policy->address_key.k1) &
+		mask;
+	for (;; at = (at + 1) & mask) {
+		uint32_t number = policy->address_slot[at];
+		if (number == 0)
+			return UINT32_MAX;
+		if (policy->address[number - 1].address_be == address_be)
+			return number - 1;
+	}
+}
+
+/* Takes one worker's notes over from the policy that was in force: for that worker's own thread, between
+ * bursts. */
+void nat_policy_inherit(struct nat_policy *policy, const struct nat_policy *old, uint32_t worker);
+
+#endif

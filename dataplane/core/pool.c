@@ -1,0 +1,290 @@
+/* Free ports. pool.h tells how; here is the arithmetic. */
+#include "pool.h"
+
+#include <string.h>
+
+#include "engine.h"
+
+/* One set per 16384 sessions is enough for every pair that is really hot (a quarter of its ports taken). */
+static uint32_t sets_for(uint64_t max_sessions)
+{
+	uint64_t n = max_sessions / 16384 + 16;
+	return n > 65536 ? 65536 : (uint32_t)n;
+}
+
+static uint32_t buckets_for(uint32_t n_sets)
+{
+	uint32_t n = 16;
+	while (n < n_sets * 2)
+		n *= 2;
+	return n;
+}
+
+size_t nat_portsets_size(uint64_t max_sessions)
+{
+	uint32_t n = sets_for(max_sessions);
+	return n * sizeof(struct nat_portset) + buckets_for(n) * sizeof(uint32_t);
+}
+
+void nat_portsets_forget(struct nat_engine *e)
+{
+	memset(e->portsets.bucket, 0, (e->portsets.bucket_mask + 1) * sizeof(uint32_t));
+	e->portsets.n_used = 0;
+	e->portsets.hand = 0;
+}
+
+void nat_portsets_init(struct nat_engine *e, void *mem, uint64_t max_sessions)
+{
+	e->portsets.n_sets = sets_for(max_sessions);
+	e->portsets.set = mem;
+	e->portsets.bucket =
+		(uint32_t *)(void *)((uint8_t *)mem + e->portsets.n_sets * sizeof(struct nat_portset));
+	e->portsets.bucket_mask = buckets_for(e->portsets.n_sets) - 1;
+	nat_portsets_forget(e);
+}
+
+/* ---- finding and making sets
+ * ------------------------------------------------------------------------------------------ */
+
+static uint32_t *chain_of(struct nat_engine *e, uint32_t address_be, uint32_t remote_be,
+			  uint16_t remote_port_be, uint8_t protocol)
+{
+	uint64_t hash = nat_hash64(&e->index.key, (uint64_t)address_be << 32 | remote_be,
+				   (uint64_t)remote_port_be << 8 | protocol);
+	return &e->portsets.bucket[hash & e->portsets.bucket_mask];
+}
+
+static struct nat_portset *find_set(struct nat_engine *e, uint32_t address_be, uint32_t remote_be,
+				    uint16_t remote_port_be, uint8_t protocol)
+{
+	if (e->portsets.n_used == 0)
+		return NULL;
+	uint32_t number = *chain_of(e, address_be, remote_be, remote_port_be, protocol);
+	while (number != 0) {
+		struct nat_portset *set = &e->portsets.set[number - 1];
+		if (set->address_be == address_be && set->remote_be == remote_be &&
+		    set->remote_port_be == remote_port_be && set->protocol == protocol)
+			return set;
+		number = set->next;
+	}
+	return NULL;
+}
+
+static void unchain(struct nat_engine *e, struct nat_portset *set)
+{
+	uint32_t *link = chain_of(e, set->address_be, set->remote_be, set->remote_port_be, set->protocol);
+	while (*link != (uint32_t)(set - e->portsets.set) + 1)
+		link = &e->portsets.set[*link - 1].next;
+	*link = set->next;
+}
+
+/* An unused set, or the least recently touched of eight under the hand. */
+static struct nat_portset *spare_set(struct nat_engine *e)
+{
+	struct nat_portsets *sets = &e->portsets;
+	if (sets->n_used < sets->n_sets)
+		return &sets->set[sets->n_used++];
+	struct nat_portset *oldest = NULL;
+	for (int i = 0; i < 8; i++) {
+		struct nat_portset *set = &sets->set[sets->hand];
+		sets->hand = sets->hand + 1 == sets->n_sets ? 0 : sets->hand + 1;
+		if (!oldest || (int32_t)(set->touched - oldest->touched) < 0)
+			oldest = set;
+	}
+	unchain(e, oldest);
+	return oldest;
+}
+
+static void clear_set(struct nat_portset *set, uint16_t first, uint16_t last)
+{
+	set->first = first;
+	set->last = last;
+	memset(set->known, 0, sizeof(set->known));
+	memset(set->full, 0, sizeof(set->full));
+}
+
+static struct nat_portset *make_set(struct nat_engine *e, const struct nat_tuple *outside, uint16_t first,
+				    uint16_t last)
+{
+	struct nat_portset *set = spare_set(e);
+	uint32_t *chain = chain_of(e, outside->local_be, outside->remote_be, outside->remote_port_be,
+				   outside->protocol);
+
+	set->address_be = outside->local_be;
+	set->remote_be = outside->remote_be;
+	set->remote_port_be = outside->remote_port_be;
+	set->protocol = outside->protocol;
+	set->next = *chain;
+	*chain = (uint32_t)(set - e->portsets.set) + 1;
+	clear_set(set, first, last);
+	return set;
+}
+
+/* ---- words
+ * ----------------------------------------------------------------------------------------------------------
+ */
+
+static bool has_bit(const uint64_t *bits, uint32_t i)
+{
+	return bits[i / 64] >> (i % 64) & 1;
+}
+
+static void set_bit(uint64_t *bits, uint32_t i)
+{
+	bits[i / 64] |= UINT64_C(1) << (i % 64);
+}
+
+static void clear_bit(uint64_t *bits, uint32_t i)
+{
+	bits[i / 64] &= ~(UINT64_C(1) << (i % 64));
+}
+
+static uint64_t ports_in_range(const struct nat_portset *set, uint32_t word)
+{
+	uint64_t inside = UINT64_MAX;
+	if (word == set->first / 64u)
+		inside &= UINT64_MAX << set->first % 64;
+	if (word == set->last / 64u)
+		inside &= UINT64_MAX >> (63 - set->last % 64);
+	return inside;
+}
+
+/* Looks up the word's 64 ports. The hashes come first, so that the look-ups wait for memory together. */
+static void learn_word(struct nat_engine *e, struct nat_portset *set, uint32_t word,
+		       const struct nat_tuple *outside)
+{
+	struct nat_tuple tuple = *outside;
+	uint64_t hash[64], in_range = ports_in_range(set, word);
+
+	for (uint32_t bit = 0; bit < 64; bit++) {
+		tuple.local_port_be = NAT_HTON16(word * 64 + bit);
+		hash[bit] = nat_tuple_hash(&e->index.key, &tuple);
+		NAT_PREFETCH(nat_index_bucket(&e->index, hash[bit]));
+	}
+	uint64_t taken = ~in_range;
+	for (uint32_t bit = 0; bit < 64; bit++) {
+		if (!(in_range >> bit & 1))
+			continue;
+		tuple.local_port_be = NAT_HTON16(word * 64 + bit);
+		uint32_t record = nat_session_find(e, &tuple, hash[bit]);
+		if (record == NAT_NO_RECORD)
+			continue;
+		taken |= UINT64_C(1) << bit;
+		e->record[record].flags |= NAT_RECORD_TRACKED;
+	}
+	set->taken[word] = taken;
+	set_bit(set->known, word);
+	if (taken == UINT64_MAX)
+		set_bit(set->full, word);
+}
+
+/* The next word at or behind `from`, up to `last`, that is not known to be full; NAT_PORT_WORDS if there is
+ * none. */
+static uint32_t next_open_word(const struct nat_portset *set, uint32_t from, uint32_t last)
+{
+	for (uint32_t group = from / 64; group <= last / 64; group++) {
+		uint64_t open = ~set->full[group];
+		if (group == from / 64)
+			open &= UINT64_MAX << from % 64;
+		if (open) {
+			uint32_t word = group * 64 + NAT_CTZ64(open);
+			return word <= last ? word : NAT_PORT_WORDS;
+		}
+	}
+	return NAT_PORT_WORDS;
+}
+
+static uint16_t take_from_word(struct nat_portset *set, uint32_t word, uint64_t chance)
+{
+	const unsigned turn = (unsigned)(chance & 63);
+	const uint64_t open = ~set->taken[word];
+	const uint64_t turned = turn ? open >> turn | open << (64 - turn) : open;
+	const uint32_t bit = (NAT_CTZ64(turned) + turn) % 64;
+
+	set->taken[word] |= UINT64_C(1) << bit;
+	if (set->taken[word] == UINT64_MAX)
+		set_bit(set->full, word);
+	return NAT_HTON16(word * 64 + bit);
+}
+
+static uint16_t take_from_set(struct nat_engine *e, struct nat_portset *set, const struct nat_tuple *outside)
+{
+	const uint32_t first_word = set->first / 64u, last_word = set->last / 64u;
+	const uint64_t chance = nat_random_next(&e->random);
+	const uint32_t start = first_word + nat_scale32((uint32_t)(chance >> 32), last_word - first_word + 1);
+
+	set->touched = ++e->portsets.clock;
+	for (int half = 0; half < 2; half++) {
+		uint32_t from = half == 0 ? start : first_word, last = half == 0 ? last_word : start;
+		for (uint32_t word; (word = next_open_word(set, from, last)) != NAT_PORT_WORDS;) {
+			if (!has_bit(set->known, word))
+				learn_word(e, set, word, outside);
+			if (!has_bit(set->full, word))
+				return take_from_word(set, word, chance);
+		}
+	}
+	return 0;
+}
+
+/* ---- the two ways
+ * -------------------------------------------------------------------------------------------------------- */
+
+static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
+		     bool parity, uint16_t like_be)
+{
+	const uint32_t n_ports = (uint32_t)last - first + 1;
+	uint64_t chance = 0;
+
+	for (uint32_t probe = 0; probe < NAT_PORT_PROBES; probe++) {
+		chance = probe % 2 == 0 ? nat_random_next(&e->random) : chance >> 32;
+		uint32_t port = first + nat_scale32((uint32_t)chance, n_ports);
+		if (parity && ((port ^ NAT_NTOH16(like_be)) & 1)) {
+			port ^= 1;
+			if (port < first || port > last)
+				continue;
+		}
+		outside->local_port_be = NAT_HTON16(port);
+		if (nat_session_find(e, outside, nat_tuple_hash(&e->index.key, outside)) == NAT_NO_RECORD)
+			return outside->local_port_be;
+	}
+	return 0;
+}
+
+uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
+		       bool parity, uint16_t like_be, bool *tracked)
+{
+	struct nat_portset *set = find_set(e, outside->local_be, outside->remote_be, outside->remote_port_be,
+					   outside->protocol);
+
+	*tracked = false;
+	if (!set) {
+		uint16_t port_be = draw(e, outside, first, last, parity, like_be);
+		if (port_be)
+			return port_be;
+		set = make_set(e, outside, first, last);
+	} else if (set->first != first || set->last != last) {
+		clear_set(set, first, last);
+	}
+	*tracked = true;
+	uint16_t port_be = take_from_set(e, set, outside);
+	if (port_be == 0 && e->wheel.done_s != e->now_s) {
+		/* Never refuse while a port is free: sessions whose time is up may still hold some. Ending
+		 * them tells the set. */
+		nat_wheel_turn(e, UINT32_MAX);
+		port_be = take_from_set(e, set, outside);
+	}
+	return port_be;
+}
+
+void nat_port_release(struct nat_engine *e, const struct nat_session *s)
+{
+	const bool mapping = (s->flags & NAT_RECORD_MAPPING) != 0;
+	struct nat_portset *set = find_set(e, s->out_addr_be, mapping ? 0 : s->inside.remote_be,
+					   mapping ? 0 : s->inside.remote_port_be, s->inside.protocol);
+	const uint32_t port = NAT_NTOH16(s->out_port_be);
+
+	if (!set || port < set->first || port > set->last || !has_bit(set->known, port / 64))
+		return;
+	clear_bit(set->taken, port);
+	clear_bit(set->full, port / 64);
+}

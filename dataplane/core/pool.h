@@ -1,0 +1,64 @@
+/* Free ports: finds one for a new session, and finds one whenever there is one.
+ *
+ * What makes an outside port taken is that the index holds its outside tuple, nothing else: (protocol,
+ * address, port, remote address, remote port) for endpoint-dependent pools, the same with remote 0.0.0.0:0
+ * for endpoint-independent ones. So there is no second truth to keep in step, and nothing to rebuild after a
+ * restart.
+ *
+ *   1. A few ports drawn at random are looked up. While less than half of an address's ports towards this
+ * remote are taken this ends almost always here.
+ *   2. If all were taken, the pair (address, remote) is *hot* and gets a port set: a bitmap of its ports
+ * which is filled lazily, one word of 64 ports by 64 look-ups when the word is first wanted, and kept exact
+ * from then on. A summary of full words leads to a word with room, so the cost of an allocation does not grow
+ * with use.
+ *
+ * A port set is a cache: it may be thrown away at any time. A record that a set knows is marked
+ * NAT_RECORD_TRACKED, so that its end is reported to the set; records of cold pairs never pay for that.
+ */
+#ifndef NAT_POOL_H
+#define NAT_POOL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define NAT_PORT_WORDS  1024u /* 65536 ports in words of 64 */
+#define NAT_PORT_PROBES 8u
+
+struct nat_portset {
+	uint32_t address_be, remote_be;
+	uint16_t remote_port_be;
+	uint8_t protocol, used;
+	uint32_t next;    /* hash chain */
+	uint32_t touched; /* clock for replacement */
+	uint16_t first, last;
+	uint64_t known[NAT_PORT_WORDS / 64]; /* the word has been filled */
+	uint64_t full[NAT_PORT_WORDS / 64];  /* the word is known and has no free port */
+	uint64_t taken[NAT_PORT_WORDS];      /* ports outside first..last count as taken */
+};
+
+struct nat_portsets {
+	struct nat_portset *set;
+	uint32_t *bucket; /* heads of chains, number + 1 */
+	uint32_t n_sets, bucket_mask, n_used, hand;
+	uint32_t clock;
+};
+
+struct nat_engine;
+struct nat_tuple;
+struct nat_session;
+
+size_t nat_portsets_size(uint64_t max_sessions);
+void nat_portsets_init(struct nat_engine *e, void *mem, uint64_t max_sessions);
+void nat_portsets_forget(struct nat_engine *e);
+
+/* A free port in first..last for the outside tuple (whose local port is ignored), in network order, or 0.
+ * `tracked`: the new record must carry NAT_RECORD_TRACKED. With `parity` the port is even or odd as `like_be`
+ * is when such a port is found by drawing (RFC 4787 REQ-4). */
+uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
+		       bool parity, uint16_t like_be, bool *tracked);
+
+/* The record's port is free again; for records with NAT_RECORD_TRACKED. */
+void nat_port_release(struct nat_engine *e, const struct nat_session *s);
+
+#endif

@@ -1,0 +1,487 @@
+/* Records: making, finding, booking and ending them, and the table that they live in. See session.h. */
+#include "session.h"
+
+#include <string.h>
+
+#include "engine.h"
+
+#define TABLE_MAGIC  UINT64_C(0x7473657373746e64) /* "dntssest" */
+#define TABLE_LAYOUT 1u
+
+/* ---- the table
+ * --------------------------------------------------------------------------------------------------- */
+
+static uint64_t chunks_for(uint64_t max_sessions)
+{
+	return (max_sessions + NAT_CHUNK - 1) / NAT_CHUNK;
+}
+
+static uint64_t round_to_line(uint64_t bytes)
+{
+	return (bytes + NAT_CACHE_LINE - 1) & ~(uint64_t)(NAT_CACHE_LINE - 1);
+}
+
+size_t nat_table_size(uint64_t max_sessions)
+{
+	uint64_t chunks = chunks_for(max_sessions);
+	return (size_t)(round_to_line(sizeof(struct nat_table)) + round_to_line(chunks) +
+			chunks * NAT_CHUNK * sizeof(struct nat_session));
+}
+
+struct nat_table *nat_table_init(void *mem, size_t size_bytes, uint64_t max_sessions, uint64_t seed,
+				 bool *adopted, const char **why)
+{
+	struct nat_table *table = mem;
+	const uint64_t n_records = chunks_for(max_sessions) * NAT_CHUNK;
+
+	*adopted = false;
+	*why = "";
+	if (n_records > NAT_RECORDS_MAX || size_bytes < nat_table_size(max_sessions)) {
+		*why = "the memory is too small for max_sessions";
+		return NULL;
+	}
+	if (table->magic == TABLE_MAGIC) {
+		if (table->layout != TABLE_LAYOUT || table->record_bytes != sizeof(struct nat_session)) {
+			*why = "the session table was written by a build with another record layout";
+			return NULL;
+		}
+		if (table->n_records != n_records) {
+			*why = "the session table was made for another max_sessions";
+			return NULL;
+		}
+		*adopted = true;
+		return table;
+	}
+	if (table->magic != 0) {
+		*why = "the session memory holds something that is not a session table";
+		return NULL;
+	}
+	table->layout = TABLE_LAYOUT;
+	table->record_bytes = sizeof(struct nat_session);
+	table->n_records = n_records;
+	table->seed = seed;
+	table->owners_offset = round_to_line(sizeof(*table));
+	table->n_chunks = (uint32_t)chunks_for(max_sessions);
+	table->records_offset = table->owners_offset + round_to_line(table->n_chunks);
+	/* Last: a process that dies before this leaves memory that the next one makes anew. */
+	atomic_thread_fence(memory_order_release);
+	table->magic = TABLE_MAGIC;
+	return table;
+}
+
+static uint16_t pool_id(struct nat_table *table, const char *name)
+{
+	for (uint32_t i = 0; i < table->n_pool_ids; i++)
+		if (strcmp(table->pool_name[i], name) == 0)
+			return (uint16_t)i;
+	if (table->n_pool_ids == NAT_POOL_IDS)
+		return NAT_NO_ID;
+	memcpy(table->pool_name[table->n_pool_ids], name, NAT_NAME_MAX);
+	return (uint16_t)table->n_pool_ids++;
+}
+
+static bool same_prefix(const struct nat_prefix *a, const struct nat_prefix *b)
+{
+	return a->address == b->address && a->length_bits == b->length_bits;
+}
+
+static uint16_t zone_id(struct nat_table *table, const struct nat_zone_config *zone, uint32_t guess)
+{
+	for (uint32_t step = 0; step < table->n_zone_ids; step++) {
+		uint32_t i = (guess + step) % table->n_zone_ids;
+		if (same_prefix(&table->zone_identity[i].source, &zone->source) &&
+		    same_prefix(&table->zone_identity[i].destination, &zone->destination))
+			return (uint16_t)i;
+	}
+	if (table->n_zone_ids == NAT_ZONE_IDS)
+		return NAT_NO_ID;
+	table->zone_identity[table->n_zone_ids] = (struct nat_zone_identity){zone->source, zone->destination};
+	return (uint16_t)table->n_zone_ids++;
+}
+
+void nat_table_bind(struct nat_table *table, struct nat_policy *policy)
+{
+	enum { NEW, BINDING, BOUND };
+	uint32_t expected = NEW;
+
+	if (!atomic_compare_exchange_strong(&policy->bound, &expected, BINDING)) {
+		while (atomic_load(&policy->bound) != BOUND)
+			; /* another worker writes the ids at this moment; a reload does this once */
+		return;
+	}
+	for (uint32_t i = 0; i < policy->n_pools; i++)
+		policy->pool[i].id = pool_id(table, policy->pool[i].name);
+	for (uint32_t i = 0; i < policy->n_zones; i++)
+		policy->zone[i].id = zone_id(table, &policy->zone[i].config, i);
+	atomic_store(&policy->bound, BOUND);
+}
+
+/* ---- free records
+ * ------------------------------------------------------------------------------------------------ */
+
+static void give_back(struct nat_engine *e, uint32_t record)
+{
+	e->record[record].next = e->free_record;
+	e->free_record = record;
+}
+
+static bool lease_chunk(struct nat_engine *e)
+{
+	uint32_t chunk = atomic_fetch_add(&e->table->chunks_leased, 1);
+	if (chunk >= e->table->n_chunks) {
+		atomic_store(&e->table->chunks_leased, e->table->n_chunks);
+		return false;
+	}
+	nat_table_owners(e->table)[chunk] = (uint8_t)e->worker;
+	for (uint32_t i = NAT_CHUNK; i-- > 0;)
+		give_back(e, chunk * NAT_CHUNK + i);
+	return true;
+}
+
+/* ---- making and ending
+ * --------------------------------------------------------------------------------------------- */
+
+static bool under_mapping(const struct nat_session *s)
+{
+	return (s->flags & (NAT_RECORD_MAPPING | NAT_RECORD_UNDER_MAPPING)) == NAT_RECORD_UNDER_MAPPING;
+}
+
+uint32_t nat_session_mapping(struct nat_engine *e, const struct nat_session *s)
+{
+	struct nat_tuple key = s->inside;
+	key.remote_be = 0;
+	key.remote_port_be = 0;
+	return nat_index_find(&e->index, &key, nat_tuple_hash(&e->index.key, &key));
+}
+
+/* Counts the sessions of a mapping towards one remote address, in a record of its own. Without room for that
+ * record the address is not permitted: strict, and never wrong. */
+static struct nat_tuple permit_key(const struct nat_tuple *inside, uint32_t remote_be)
+{
+	struct nat_tuple key = *inside;
+	key.remote_be = remote_be;
+	key.remote_port_be = 0;
+	key.zero[0] = 1;
+	return key;
+}
+
+static uint32_t find_permit(struct nat_engine *e, const struct nat_tuple *inside, uint32_t remote_be)
+{
+	const struct nat_tuple key = permit_key(inside, remote_be);
+	return nat_index_find(&e->index, &key, nat_tuple_hash(&e->index.key, &key));
+}
+
+static void add_permit(struct nat_engine *e, uint32_t record)
+{
+	struct nat_session *s = &e->record[record];
+	uint32_t permit = find_permit(e, &s->inside, s->inside.remote_be);
+
+	if (permit == NAT_NO_RECORD) {
+		struct nat_session want = {.inside = permit_key(&s->inside, s->inside.remote_be),
+					   .out_addr_be = s->out_addr_be,
+					   .out_port_be = s->out_port_be,
+					   .zone_id = s->zone_id,
+					   .pool_id = s->pool_id,
+					   .flags = NAT_RECORD_MAPPING,
+					   .timer = s->timer};
+		permit = nat_session_create(e, &want);
+	}
+	if (permit != NAT_NO_RECORD)
+		e->record[permit].references++;
+	else
+		s->flags &= (uint8_t)~NAT_RECORD_PERMITS;
+}
+
+static void remove_permit(struct nat_engine *e, const struct nat_session *s)
+{
+	uint32_t permit = find_permit(e, &s->inside, s->inside.remote_be);
+	if (permit != NAT_NO_RECORD && --e->record[permit].references == 0)
+		nat_session_end(e, permit);
+}
+
+bool nat_session_permits(struct nat_engine *e, const struct nat_session *mapping, uint32_t remote_be)
+{
+	return find_permit(e, &mapping->inside, remote_be) != NAT_NO_RECORD;
+}
+
+static void count_session(struct nat_engine *e, const struct nat_session *s, int by)
+{
+	uint32_t address = nat_policy_address(e->policy, s->out_addr_be);
+
+	e->counters.sessions += (uint64_t)(int64_t)by;
+	if (address != UINT32_MAX)
+		e->notes->address[address].sessions += (uint64_t)(int64_t)by;
+}
+
+static bool index_both(struct nat_engine *e, uint32_t record)
+{
+	const struct nat_session *s = &e->record[record];
+	const struct nat_tuple outside = nat_session_outside(s);
+	const uint64_t inside_hash = nat_tuple_hash(&e->index.key, &s->inside);
+
+	if (!nat_index_insert(&e->index, inside_hash, record, 0))
+		return false;
+	if (nat_index_insert(&e->index, nat_tuple_hash(&e->index.key, &outside), record, 1))
+		return true;
+	nat_index_remove(&e->index, inside_hash, record, 0);
+	return false;
+}
+
+uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want)
+{
+	if (e->records_left == 0 || (e->free_record == NAT_NO_RECORD && !lease_chunk(e)))
+		return NAT_NO_RECORD;
+	const uint32_t record = e->free_record;
+	struct nat_session *s = &e->record[record];
+	const uint32_t next_free = s->next;
+	struct nat_session fill = *want;
+
+	fill.timer = NAT_TIMER_FREE;
+	fill.worker = (uint8_t)e->worker;
+	fill.created_s = fill.last_seen_s = e->now_s;
+	fill.slot = NAT_OFF_WHEEL;
+	fill.next = next_free;
+	*s = fill;
+	if (!index_both(e, record))
+		return NAT_NO_RECORD;
+	e->free_record = next_free;
+	e->records_left--;
+	/* From here on the record counts, also for a process that comes after this one. */
+	atomic_signal_fence(memory_order_release);
+	*(volatile uint8_t *)&s->timer = want->timer;
+	if (s->flags & NAT_RECORD_MAPPING)
+		return record;
+	nat_wheel_hang(e, record);
+	count_session(e, s, 1);
+	e->counters.sessions_created++;
+	if (s->flags & NAT_RECORD_PERMITS)
+		add_permit(e, record);
+	return record;
+}
+
+static void release_mapping(struct nat_engine *e, uint32_t mapping)
+{
+	struct nat_session *m = &e->record[mapping];
+
+	NAT_ASSERT(m->references > 0);
+	if (--m->references > 0)
+		return;
+	if ((m->flags & NAT_RECORD_HOLDS) && e->timeout_s[NAT_TIMER_HOLD] > 0) {
+		m->timer = NAT_TIMER_HOLD;
+		m->last_seen_s = e->now_s;
+		nat_wheel_hang(e, mapping);
+		return;
+	}
+	nat_session_end(e, mapping);
+}
+
+void nat_session_end(struct nat_engine *e, uint32_t record)
+{
+	struct nat_session *s = &e->record[record];
+	const struct nat_session gone = *s;
+	const struct nat_tuple outside = nat_session_outside(&gone);
+
+	NAT_ASSERT(gone.timer != NAT_TIMER_FREE);
+	*(volatile uint8_t *)&s->timer = NAT_TIMER_FREE;
+	atomic_signal_fence(memory_order_release);
+	nat_index_remove(&e->index, nat_tuple_hash(&e->index.key, &gone.inside), record, 0);
+	nat_index_remove(&e->index, nat_tuple_hash(&e->index.key, &outside), record, 1);
+	nat_wheel_take(e, record);
+	give_back(e, record);
+	e->records_left++;
+	if (gone.flags & NAT_RECORD_TRACKED)
+		nat_port_release(e, &gone);
+	if (gone.flags & NAT_RECORD_MAPPING)
+		return;
+	count_session(e, &gone, -1);
+	if (gone.flags & NAT_RECORD_INBOUND)
+		return;
+	nat_host_remove(e, gone.inside.local_be);
+	if (gone.flags & NAT_RECORD_PERMITS)
+		remove_permit(e, &gone);
+	if (under_mapping(&gone)) {
+		uint32_t mapping = nat_session_mapping(e, &gone);
+		NAT_ASSERT(mapping != NAT_NO_RECORD);
+		release_mapping(e, mapping);
+	}
+}
+
+/* ---- finding
+ * ---------------------------------------------------------------------------------------------------------
+ */
+
+uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, uint64_t hash)
+{
+	uint32_t record = nat_index_find(&e->index, tuple, hash);
+
+	if (record == NAT_NO_RECORD || NAT_LIKELY(!nat_session_over(e, &e->record[record])))
+		return record;
+	e->counters.sessions_expired += !(e->record[record].flags & NAT_RECORD_MAPPING);
+	nat_session_end(e, record);
+	return NAT_NO_RECORD;
+}
+
+void nat_session_lookup(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		if (pkt[i].settled)
+			continue;
+		uint32_t guess = nat_index_guess(&e->index, pkt[i].hash);
+		if (guess != NAT_NO_RECORD)
+			NAT_PREFETCH(&e->record[guess]);
+	}
+	for (uint32_t i = 0; i < n; i++)
+		if (!pkt[i].settled)
+			pkt[i].session = nat_session_find(e, &pkt[i].tuple, pkt[i].hash);
+}
+
+/* ---- booking
+ * -----------------------------------------------------------------------------------------------------------
+ */
+
+void nat_session_set_timer(struct nat_engine *e, uint32_t record, enum nat_timer timer)
+{
+	struct nat_session *s = &e->record[record];
+
+	if (s->timer == timer)
+		return;
+	bool sooner = e->timeout_s[timer] < e->timeout_s[s->timer];
+	s->timer = (uint8_t)timer;
+	if (sooner && s->slot != NAT_OFF_WHEEL) {
+		nat_wheel_take(e, record);
+		nat_wheel_hang(e, record);
+	}
+}
+
+/* The inside has answered a session that began outside: from now on it counts like its own (RFC 7857
+ * section 7.1: a RST or an ICMP error is no such answer). */
+static void adopt_inbound(struct nat_engine *e, struct nat_session *s)
+{
+	uint32_t mapping = nat_session_mapping(e, s);
+
+	if (mapping == NAT_NO_RECORD)
+		return;
+	s->flags &= (uint8_t)~NAT_RECORD_INBOUND;
+	nat_host_add(e, s->inside.local_be, s->out_addr_be);
+	if (e->record[mapping].timer == NAT_TIMER_HOLD) {
+		nat_wheel_take(e, mapping);
+		e->record[mapping].timer = s->timer;
+	}
+	e->record[mapping].references++;
+}
+
+void nat_session_touch(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	struct nat_session *s = &e->record[pkt->session];
+	const bool inbound = nat_is_inbound(pkt);
+
+	if (inbound)
+		s->bytes_in += pkt->total_bytes;
+	else
+		s->bytes_out += pkt->total_bytes;
+	if (NAT_UNLIKELY(s->flags & NAT_RECORD_INBOUND)) {
+		if (inbound || (pkt->tcp_flags & NAT_TCP_RST))
+			return;
+		adopt_inbound(e, s);
+	}
+	/* RFC 4787 REQ-6: what the inside sends refreshes. What the outside sends does too, except over an
+	 * endpoint-independent mapping, where anybody could hold it open for ever (RFC 7857 section 7); TCP
+	 * has its own states for that. */
+	if (!inbound || !(s->flags & NAT_RECORD_UNDER_MAPPING) || s->inside.protocol == NAT_PROTO_TCP)
+		s->last_seen_s = e->now_s;
+	if (s->inside.protocol == NAT_PROTO_TCP) {
+		uint8_t state = nat_tcp_next(s->state, pkt->tcp_flags, inbound);
+		if (NAT_UNLIKELY(state != s->state)) {
+			s->state = state;
+			nat_session_set_timer(e, pkt->session, nat_tcp_timer(state));
+		}
+	} else if (NAT_UNLIKELY(inbound && s->timer == NAT_TIMER_UDP_ONE_WAY)) {
+		nat_session_set_timer(e, pkt->session, NAT_TIMER_UDP);
+	}
+}
+
+/* ---- after a restart
+ * --------------------------------------------------------------------------------------------------- */
+
+static bool is_sound(const struct nat_session *s)
+{
+	const uint8_t protocol = s->inside.protocol;
+
+	return s->timer < NAT_TIMER_COUNT && s->inside.side == 0 && s->inside.zero[0] == 0 &&
+	       s->inside.zero[1] == 0 &&
+	       (protocol == NAT_PROTO_TCP || protocol == NAT_PROTO_UDP || protocol == NAT_PROTO_ICMP) &&
+	       s->inside.local_be != 0 && s->out_addr_be != 0;
+}
+
+static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
+{
+	struct nat_session *s = &e->record[record];
+	const bool is_mapping = (s->flags & NAT_RECORD_MAPPING) != 0;
+
+	if (s->timer == NAT_TIMER_FREE || is_mapping != mappings)
+		return;
+	const struct nat_tuple outside = nat_session_outside(s);
+	if (!is_sound(s) ||
+	    nat_index_find(&e->index, &s->inside, nat_tuple_hash(&e->index.key, &s->inside)) !=
+		    NAT_NO_RECORD ||
+	    nat_index_find(&e->index, &outside, nat_tuple_hash(&e->index.key, &outside)) != NAT_NO_RECORD ||
+	    e->records_left == 0 || !index_both(e, record)) {
+		s->timer = NAT_TIMER_FREE;
+		return;
+	}
+	e->records_left--;
+	s->worker = (uint8_t)e->worker;
+	s->flags &= (uint8_t)~NAT_RECORD_TRACKED;
+	s->slot = NAT_OFF_WHEEL;
+	if (is_mapping) {
+		s->references = 0;
+		if (s->timer == NAT_TIMER_HOLD)
+			nat_wheel_hang(e, record);
+		return;
+	}
+	nat_wheel_hang(e, record);
+	count_session(e, s, 1);
+	if (s->flags & NAT_RECORD_INBOUND)
+		return;
+	nat_host_add(e, s->inside.local_be, s->out_addr_be);
+	if (s->flags & NAT_RECORD_PERMITS)
+		add_permit(e, record);
+	if (under_mapping(s)) {
+		uint32_t mapping = nat_session_mapping(e, s);
+		if (mapping == NAT_NO_RECORD) {
+			s->flags &= (uint8_t)~NAT_RECORD_UNDER_MAPPING;
+			return;
+		}
+		struct nat_session *m = &e->record[mapping];
+		if (m->timer == NAT_TIMER_HOLD) {
+			nat_wheel_take(e, mapping);
+			m->timer = s->timer;
+		}
+		m->references++;
+	}
+}
+
+void nat_session_adopt(struct nat_engine *e)
+{
+	const uint32_t leased = atomic_load(&e->table->chunks_leased);
+	const uint8_t *owner = nat_table_owners(e->table);
+
+	/* Mappings first: sessions look for theirs. Free records last, when those that were refused are
+	 * known. */
+	for (int pass = 0; pass < 3; pass++)
+		for (uint32_t chunk = 0; chunk < leased && chunk < e->table->n_chunks; chunk++) {
+			if (owner[chunk] % e->n_workers != e->worker)
+				continue;
+			for (uint32_t i = NAT_CHUNK; i-- > 0;) {
+				uint32_t record = chunk * NAT_CHUNK + i;
+				struct nat_session *s = &e->record[record];
+				if (pass < 2)
+					adopt_record(e, record, pass == 0);
+				else if (s->timer == NAT_TIMER_FREE)
+					give_back(e, record);
+				else if ((s->flags & NAT_RECORD_MAPPING) && s->timer != NAT_TIMER_HOLD &&
+					 s->references == 0)
+					nat_session_end(e, record);
+			}
+		}
+}

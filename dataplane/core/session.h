@@ -1,0 +1,183 @@
+/* Session records and the index that finds them.
+ *
+ * A record (64 bytes, one cache line) serves both directions. It lives in the table, memory that outlives the
+ * process; it holds addresses and ports as values and zone and pool as stable ids, so that neither a reload
+ * nor a restart changes what it means. The index (nat_index) is private to a worker and can be made again
+ * from the records at any time.
+ *
+ * A record's life, told by `timer`:
+ *
+ *   NAT_TIMER_FREE   not in the index, on a worker's free list or never used
+ *        may:     be filled by nat_session_create(), which writes `timer` last, with release order: a process
+ * that dies in between leaves a free record, never half a session NAT_TIMER_HOLD   a mapping whose last
+ * session has ended: its port is not given out again until the hold time is over (RFC 6888 REQ-8) any other
+ * live: in the index under its inside and its outside tuple, on the wheel; may be refreshed, may change its
+ * timer may not: be moved, or change its tuples
+ *
+ * A *mapping* of an endpoint-independent pool is a record whose remote is 0.0.0.0:0 (NAT_RECORD_MAPPING). It
+ * is not on the wheel while sessions that the inside began refer to it (`references`). Where the pool filters
+ * by address, each remote address that a mapping has talked to is a record of the same kind, with
+ * inside.zero[0] = 1 and no remote port; it is made again from the sessions after a restart.
+ */
+#ifndef NAT_SESSION_H
+#define NAT_SESSION_H
+
+#include <stdatomic.h>
+
+#include "hash.h"
+#include "nat.h"
+#include "platform.h"
+
+enum nat_timer { /* which time-out rules a record */
+		 NAT_TIMER_FREE,
+		 NAT_TIMER_TCP_OPENING,
+		 NAT_TIMER_TCP_ESTABLISHED,
+		 NAT_TIMER_TCP_CLOSING,
+		 NAT_TIMER_UDP,
+		 NAT_TIMER_UDP_ONE_WAY,
+		 NAT_TIMER_DNS,
+		 NAT_TIMER_ICMP,
+		 NAT_TIMER_HOLD,
+		 NAT_TIMER_COUNT
+};
+
+enum {                            /* nat_session.flags */
+       NAT_RECORD_MAPPING = 0x01, /* endpoint-independent mapping, not a session */
+       NAT_RECORD_TRACKED = 0x02, /* a port set may know its port: tell it when the port is free */
+       NAT_RECORD_INBOUND =
+	       0x04, /* begun from outside, no packet from inside yet: does not keep its mapping alive */
+       NAT_RECORD_UNDER_MAPPING =
+	       0x08, /* session of an endpoint-independent pool: the port is its mapping's */
+       NAT_RECORD_PERMITS =
+	       0x20, /* session under a mapping with address-dependent filtering: see nat_session_permits() */
+       NAT_RECORD_HOLDS = 0x10, /* mapping: goes through NAT_TIMER_HOLD when its last session has ended */
+};
+
+enum { /* nat_session.state, TCP only: what has been seen (RFC 6146 section 3.5.2 drawn as flags) */
+       NAT_TCP_SAW_SYN_OUT = 0x01,
+       NAT_TCP_SAW_SYN_IN = 0x02,
+       NAT_TCP_SAW_FIN_OUT = 0x04,
+       NAT_TCP_SAW_FIN_IN = 0x08,
+       NAT_TCP_SAW_RST = 0x10,
+};
+
+struct nat_session {
+	struct nat_tuple inside; /* host and remote */
+	uint32_t out_addr_be;
+	uint16_t out_port_be;
+	uint16_t zone_id, pool_id; /* stable ids kept in the table's header */
+	uint16_t slot;             /* of the wheel, or NAT_OFF_WHEEL */
+	uint8_t flags, timer, state, worker;
+	uint32_t last_seen_s;
+	uint32_t created_s;
+	uint32_t next, previous; /* on the wheel, or on the free list (next only) */
+	union {
+		uint64_t bytes_out;
+		uint64_t references; /* mapping: sessions begun inside that use it */
+	};
+	uint64_t bytes_in;
+};
+_Static_assert(sizeof(struct nat_session) == NAT_CACHE_LINE, "a known session costs one line");
+
+#define NAT_OFF_WHEEL   UINT16_MAX
+#define NAT_NO_RECORD   UINT32_MAX
+#define NAT_RECORDS_MAX (UINT32_MAX >> 1) /* the index keeps the side in one bit */
+#define NAT_CHUNK       1024u             /* records that a worker leases at once */
+#define NAT_POOL_IDS    4096u
+#define NAT_ZONE_IDS    65535u
+#define NAT_NO_ID       UINT16_MAX
+
+struct nat_zone_identity {
+	struct nat_prefix source, destination;
+};
+
+/* The table: this header, then one owner byte per chunk, then the records. Offsets only, no pointers. */
+struct nat_table {
+	uint64_t magic;
+	uint32_t layout, record_bytes;
+	uint64_t n_records;
+	uint64_t seed;
+	uint64_t records_offset, owners_offset;
+	_Atomic uint32_t chunks_leased;
+	uint32_t n_chunks;
+	uint32_t n_pool_ids, n_zone_ids;
+	char pool_name[NAT_POOL_IDS][NAT_NAME_MAX];
+	struct nat_zone_identity zone_identity[NAT_ZONE_IDS];
+};
+
+static inline struct nat_session *nat_table_records(struct nat_table *table)
+{
+	return (struct nat_session *)(void *)((uint8_t *)table + table->records_offset);
+}
+
+static inline uint8_t *nat_table_owners(struct nat_table *table)
+{
+	return (uint8_t *)table + table->owners_offset;
+}
+
+struct nat_policy;
+
+/* Gives the policy's pools and zones their stable ids, new ones where the table has none yet. Called by each
+ * worker, done by the first. */
+void nat_table_bind(struct nat_table *table, struct nat_policy *policy);
+
+/* ---- the index
+ * --------------------------------------------------------------------------------------------------- */
+
+/* A bucket is one cache line: ten entries, each with a 16-bit tag of its hash. An entry stands in the bucket
+ * of its hash or, marked in `moved`, in the alternate one (cuckoo hashing with buckets: Dietzfelbinger,
+ * Weidling 2007). `strangers` counts the entries whose first choice was this bucket and that stand in their
+ * alternate: while it is zero a look-up ends here. */
+#define NAT_WAYS 10u
+struct nat_bucket {
+	uint16_t tag[NAT_WAYS]; /* 0: empty */
+	uint16_t strangers;
+	uint16_t moved;           /* bit per way */
+	uint32_t entry[NAT_WAYS]; /* record number * 2 + side */
+} NAT_ALIGNED;
+_Static_assert(sizeof(struct nat_bucket) == NAT_CACHE_LINE, "a look-up costs one line");
+
+struct nat_index {
+	struct nat_bucket *bucket;
+	uint32_t n_buckets;
+	struct nat_key key;
+	struct nat_session *record;
+};
+
+/* Entries for n records with two each, at most 85 % full. */
+static inline uint64_t nat_index_buckets(uint64_t n_records)
+{
+	return n_records * 2 * 20 / (NAT_WAYS * 17) + 2;
+}
+
+static inline uint16_t nat_index_tag(uint64_t hash)
+{
+	uint16_t tag = (uint16_t)(hash >> 48);
+	return tag == 0 ? 1 : tag;
+}
+
+static inline struct nat_bucket *nat_index_bucket(const struct nat_index *index, uint64_t hash)
+{
+	return &index->bucket[nat_scale32((uint32_t)hash, index->n_buckets)];
+}
+
+/* The record that holds this tuple on its side, or NAT_NO_RECORD. Says nothing about its time-out. */
+uint32_t nat_index_find(const struct nat_index *index, const struct nat_tuple *tuple, uint64_t hash);
+
+/* The record of the first entry whose tag fits, to be prefetched. */
+uint32_t nat_index_guess(const struct nat_index *index, uint64_t hash);
+
+/* False when there is no room: at 85 % that has a chance of less than one in a million tables. */
+bool nat_index_insert(struct nat_index *index, uint64_t hash, uint32_t record, uint8_t side);
+void nat_index_remove(struct nat_index *index, uint64_t hash, uint32_t record, uint8_t side);
+
+static inline struct nat_tuple nat_session_outside(const struct nat_session *s)
+{
+	struct nat_tuple tuple = s->inside;
+	tuple.local_be = s->out_addr_be;
+	tuple.local_port_be = s->out_port_be;
+	tuple.side = 1;
+	return tuple;
+}
+
+#endif
