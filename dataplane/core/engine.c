@@ -251,12 +251,25 @@ void nat_engine_undo(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_r
 	}
 	if (pkt->verdict == NAT_FORWARD) {
 		e->counters.forwarded--;
+	} else if (pkt->verdict == NAT_HANDOVER) {
+		e->counters.handed_over--;
 	} else {
 		NAT_ASSERT(pkt->verdict == NAT_PASS);
 		e->counters.passed--;
 		e->counters.reason[pkt->reason]--;
 	}
 	e->counters.reason[reason]++;
+}
+
+void nat_engine_wait(struct nat_engine *e, bool waits)
+{
+	if (waits) {
+		e->counters.forwarded--;
+		e->counters.held++;
+	} else {
+		e->counters.held--;
+		e->counters.forwarded++;
+	}
 }
 
 void nat_engine_bypass(struct nat_engine *e, enum nat_verdict verdict, enum nat_reason reason)
