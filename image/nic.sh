@@ -139,13 +139,27 @@ twin() { # interface name, PCI address or empty
 		run ip link set dev "$1" address "$mac"
 	fi
 	run ip link set dev "$1" up
+	[ "$verb" = plan ] || : > "$state/$1.twin"
+}
+
+give_back() { # lines "NAME DEVICE": what an earlier configuration took and this one does not name
+	for file in "$state"/*.mac "$state"/*.twin; do
+		[ -e "$file" ] || continue
+		name=$(basename "${file%.*}")
+		printf '%s\n' "$1" | tr ' ' '\n' | grep -qxF "$name" && continue
+		case $file in
+		*.twin) run ip link delete dev "$name" ;;
+		*.mac) case $(driver_of "$name") in vfio-pci | uio_pci_generic) run driverctl --nosave unset-override "$name" ;; esac ;;
+		esac
+		run rm -f "$file"
+	done
 }
 
 hugepages() { # half of each node's memory, at most 8 GiB a node; taken once, before memory is in pieces
 	for node in "$sys"/devices/system/node/node[0-9]*; do
 		pages=$node/hugepages/hugepages-2048kB/nr_hugepages
 		[ -e "$pages" ] || continue
-		wanted=$(awk '/MemTotal:/ { n = int($4 / 4096); print n > 4096 ? 4096 : n }' "$node/meminfo")
+		wanted=$(awk '/MemTotal:/ { n = int($4 / 4096); print (n > 4096 ? 4096 : n) }' "$node/meminfo")
 		[ "$(cat "$pages")" -ge "$wanted" ] && continue
 		write "$wanted" "$pages"
 		[ "$verb" = plan ] && continue
@@ -173,9 +187,9 @@ no_merging() { # kernel interface
 		shown=$feature
 		case $feature in gro) shown=generic-receive-offload ;; lro) shown=large-receive-offload ;; esac
 		ethtool -k "$1" 2>/dev/null | grep -qE "^$shown: on( \[requested.*)?$" || continue
-		run ethtool -K "$1" "$feature" off
+		run ethtool -K "$1" "$feature" off 2>/dev/null # it may be gone or renamed by now
 		[ "$verb" = plan ] && continue
-		ethtool -k "$1" | grep -qE "^$shown: off" || fail "$1: $shown stays on; packets would be merged"
+		ethtool -k "$1" 2>/dev/null | grep -qE "^$shown: on" && fail "$1: $shown stays on; packets would be merged"
 	done
 }
 spread() { # kernel interface: queue n's interrupt to the n-th core, again from the first when they run out
@@ -197,6 +211,7 @@ start() {
 	known=$(facts) || { say "$config is not valid; the NICs stay as they are"; exit 2; }
 	dpdk=$(printf '%s\n' "$known" | awk '$1 == "interface" && $4 == "dpdk" { print $2, $5 }')
 	[ "$verb" = plan ] || mkdir -p "$state"
+	give_back "$dpdk"
 	if [ -n "$dpdk" ]; then
 		hugepages
 		while read -r name device; do
@@ -232,19 +247,10 @@ watch() {
 	}
 }
 
-stop() {
-	for file in "$state"/*.mac; do
-		[ -e "$file" ] || continue
-		device=$(basename "$file" .mac)
-		case $(driver_of "$device") in vfio-pci | uio_pci_generic) run driverctl --nosave unset-override "$device" ;; esac
-		rm -f "$file"
-	done
-}
-
 case $verb in
 start | plan) start ;;
 watch) watch ;;
-stop) stop ;;
+stop) give_back "" ;;
 *) echo "usage: nic plan|start|watch|stop" >&2; exit 2 ;;
 esac
 exit "$failed"
