@@ -147,7 +147,7 @@ class Machine:
             s.connect(self.socket_path)
             s.sendall(json.dumps(request).encode() + b"\n")
             with s.makefile("rb") as lines:
-                answer = json.loads(lines.readline(1 << 20) or b"{}")
+                answer = json.loads(lines.readline(64 << 20) or b"{}")
         if not isinstance(answer, dict) or not answer.get("ok"):
             raise OSError(str(answer.get("error", "no answer")) if isinstance(answer, dict) else "no answer")
         return answer
@@ -321,6 +321,7 @@ class Agent:
             "status": self.status,
             "history": lambda r: {"events": self.history()[-_number(r, "last", 20, 1, 10_000) :]},
             "release": self.release,
+            "describe": self.describe,
         }
         verb = verbs.get(str(request.get("do")))
         if verb is None:
@@ -541,6 +542,12 @@ class Agent:
             if wanted is not None and pending.get("generation") != wanted:
                 raise Refused("stale", f"generation {pending.get('generation')} is pending, not {wanted}")
             return self._undo(pending, _text(request, "reason") or "an operator asked for it")
+
+    def describe(self, request: Json) -> Json:
+        """A generation that is on this gateway, live or not."""
+        generation = _number(request, "generation", -1, 0, 1 << 31)
+        manifest = self._whole(generation)
+        return {"generation": generation, "digest": digest_of_files(manifest["files"]), "manifest": manifest}
 
     def release(self, request: Json) -> Json:
         """Gives the lease back, when nothing is pending."""

@@ -57,6 +57,7 @@ class Rendered:
     files: Mapping[str, File]
     hardware: str  # digest of what needs a restart of the engine, not a reload
     interfaces: tuple[str, ...]
+    vrrp: tuple[str, ...] = ()  # the addresses that a master has
     secrets: frozenset[str] = field(default=frozenset(), repr=False)
 
 
@@ -81,8 +82,14 @@ def render(fleet: Fleet, name: str, *, secret: Secret) -> Rendered:
         files[TIME] = File(_fill("fleet.sources.j2", gateway=name, servers=site.ntp))
     if fleet.users:
         files[KEYS] = File(_users(fleet, name))
+    floating = service.vrrp.instances.values() if service.vrrp is not None else ()
     return Rendered(
-        name, files, _hardware(fleet, gateway, service), tuple(gateway.interfaces), frozenset(secrets)
+        name,
+        files,
+        _hardware(fleet, gateway, service),
+        tuple(gateway.interfaces),
+        tuple(str(address.ip) for instance in floating for address in instance.addresses),
+        frozenset(secrets),
     )
 
 

@@ -1,0 +1,64 @@
+"""References to secrets -> secrets. A secret is never in fleet.yaml, in argv, in a plan or in a log.
+
+env:NAME      from the environment
+file:PATH     from a file (relative to fleet.yaml), its first line
+age:PATH      from a file that `age` decrypts with the identity in DSNAT_AGE_IDENTITY
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+
+class SecretError(Exception):
+    """A reference that leads to nothing usable. One sentence, without the secret."""
+
+
+def resolve(reference: str, directory: Path) -> str:
+    kind, _, rest = reference.partition(":")
+    if kind == "env":
+        value = os.environ.get(rest)
+        if value is None:
+            raise SecretError(f"{reference}: {rest} is not set in the environment")
+    elif kind == "file":
+        try:
+            value = (directory / Path(rest).expanduser()).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SecretError(f"{reference}: cannot be read: {error}") from None
+    else:
+        value = _age(directory / Path(rest).expanduser(), reference)
+    first = value.splitlines()[0] if value else ""
+    if not first:
+        raise SecretError(f"{reference}: is empty")
+    return first
+
+
+def vrrp_password(reference: str, directory: Path) -> str:
+    """keepalived cuts a longer one without a word, and both of a pair would still agree; a third would
+    not.
+    """
+    value = resolve(reference, directory)
+    if len(value) > 8 or not value.isalnum():
+        raise SecretError(f"{reference}: a VRRP password has at most 8 letters and digits")
+    return value
+
+
+def _age(path: Path, reference: str) -> str:
+    identity = os.environ.get("DSNAT_AGE_IDENTITY")
+    if identity is None:
+        raise SecretError(f"{reference}: set DSNAT_AGE_IDENTITY to the file of your age identity")
+    try:
+        done = subprocess.run(
+            ["age", "--decrypt", "--identity", identity, str(path)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SecretError(f"{reference}: age could not be run: {error}") from None
+    if done.returncode != 0:
+        raise SecretError(f"{reference}: {done.stderr.strip().splitlines()[-1:] or 'age failed'}")
+    return done.stdout
