@@ -6,8 +6,8 @@
  *
  *	interface NAME inside|outside dpdk|nfqueue DEVICE      DEVICE is "-" when there is none
  *	pool NAME FIRST-LAST                                   one line per range
- *	zone SOURCE DESTINATION drop|pass|pool                 DESTINATION is "any" for all; in the file's
- *order
+ *	zone SOURCE DESTINATION drop|pass|pool                 DESTINATION is "any" for all; in the order of
+ *the file
  *
  * No word contains a space: names and devices cannot. New kinds of lines may be added; readers skip what they
  * do not know.

@@ -605,6 +605,18 @@ static json_t *counters_json(const struct nat_counters *n)
 			 "bytes_in", number(n->bytes_in), "reasons", reasons);
 }
 
+/* Only what has dropped something: what an operator looks at first. */
+static json_t *dropped_json(const struct nat_counters *n)
+{
+	json_t *dropped = json_object();
+
+	for (unsigned i = 0; i < NAT_REASON_COUNT; i++)
+		if (n->reason[i] && nat_reason_verdict((enum nat_reason)i) == NAT_DROP)
+			json_object_set_new(dropped, nat_reason_name((enum nat_reason)i),
+					    number(n->reason[i]));
+	return dropped;
+}
+
 static json_t *reasons_json(void)
 {
 	static const char *const verdicts[] = {
@@ -631,7 +643,8 @@ static json_t *show_counters(struct context *c)
 	    !sum_counters(c, &sum, &equation))
 		return NULL;
 	equation = equation && handover_holds(c, &sum);
-	answer = json_pack("{s:o, s:b}", "counters", counters_json(&sum), "equation", equation);
+	answer = json_pack("{s:o, s:o, s:b}", "counters", counters_json(&sum), "dropped", dropped_json(&sum),
+			   "equation", equation);
 	if (explain)
 		json_object_set_new(answer, "meanings", reasons_json());
 	return answer;

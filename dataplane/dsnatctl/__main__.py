@@ -1,0 +1,234 @@
+"""dsnatctl: ask the engine, and tell it what to do.
+
+Exit status: 0 done, 1 the engine refused or a command failed, 2 wrong usage or an invalid configuration file,
+3 the engine cannot be reached, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from dsnatctl import show
+from dsnatctl.client import SOCKET, Engine, Json, Refused, Unreachable
+
+FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
+FILTERS = ("host", "remote", "outside", "protocol", "state", "pool")
+VIEWS: dict[str, Callable[[Json], Iterator[str]]] = {
+    "pools": show.pools,
+    "zones": show.zones,
+    "counters": show.counters,
+    "workers": show.workers,
+    "ports": show.ports,
+}
+
+
+def do_show(arguments: argparse.Namespace) -> int:
+    if arguments.what == "sessions":
+        return show_sessions(arguments)
+    request: Json = {"cmd": "show", "what": arguments.what}
+    if arguments.what == "counters":
+        request["explain"] = True
+    if arguments.what == "pools":
+        request |= {key: getattr(arguments, key) for key in ("pool", "limit") if getattr(arguments, key)}
+    with Engine(arguments.socket) as engine:
+        answer = engine.ask(**request)
+    tell(answer, VIEWS[arguments.what], as_json=arguments.json)
+    return 0
+
+
+def show_sessions(arguments: argparse.Namespace) -> int:
+    """Page by page, so that millions cost neither memory here nor time there."""
+    left = arguments.limit or sys.maxsize
+    request = filters(arguments)
+    first = True
+    print('{"ok":true,"sessions":[' if arguments.json else show.sessions_head())
+    with Engine(arguments.socket) as engine:
+        for answer in engine.pages(cmd="show", what="sessions", **request):
+            answer["sessions"] = answer["sessions"][:left]
+            left -= len(answer["sessions"])
+            if arguments.json:
+                for session in answer["sessions"]:
+                    print(("" if first else ",") + json.dumps(session))
+                    first = False
+            else:
+                sys.stdout.writelines(f"{line}\n" for line in show.sessions(answer))
+            if left <= 0:
+                break
+    if arguments.json:
+        print("]}")
+    return 0
+
+
+def do_clear(arguments: argparse.Namespace) -> int:
+    request = filters(arguments)
+    if arguments.all:
+        request["all"] = True
+    if not request:
+        raise UsageError("clear needs a filter such as --host ADDRESS, or --all")
+    with Engine(arguments.socket) as engine:
+        cleared = sum(answer["cleared"] for answer in engine.pages(cmd="clear", **request))
+    print(json.dumps({"ok": True, "cleared": cleared}) if arguments.json else f"{cleared} sessions cleared")
+    return 0
+
+
+def do_reload(arguments: argparse.Namespace) -> int:
+    with Engine(arguments.socket) as engine:
+        try:
+            answer = engine.ask(cmd="reload")
+        except Refused as refused:
+            if "problems" not in refused.answer:
+                raise
+            if arguments.json:
+                print(json.dumps(refused.answer))
+            sys.stderr.writelines(f"{line}\n" for line in show.problems(refused.answer))
+            print("dsnatctl: nothing was changed; correct the file and reload again", file=sys.stderr)
+            return USAGE
+    if arguments.json:
+        print(json.dumps(answer))
+        return 0
+    sys.stderr.writelines(f"{line}\n" for line in show.problems(answer))
+    print(f"reloaded: {answer['pools']} pools, {answer['zones']} zones")
+    return 0
+
+
+def do_status(arguments: argparse.Namespace) -> int:
+    with Engine(arguments.socket) as engine:
+        tell(engine.ask(cmd="status"), show.status, as_json=arguments.json)
+    return 0
+
+
+def do_version(arguments: argparse.Namespace) -> int:
+    def line(answer: Json) -> Iterator[str]:
+        yield f"{answer['program']} {answer['version']}"
+
+    with Engine(arguments.socket) as engine:
+        tell(engine.ask(cmd="version"), line, as_json=arguments.json)
+    return 0
+
+
+def do_release(arguments: argparse.Namespace) -> int:
+    from dsnatctl.release import ReleaseError, release
+
+    try:
+        with Engine(arguments.socket):
+            pass
+    except Unreachable:
+        pass
+    else:
+        print("dsnatctl: dsnatd runs and needs its rules and twins; stop dsnatd.service first", file=sys.stderr)
+        return FAILED
+    if not arguments.yes:
+        raise UsageError("after release this machine forwards packets untranslated; say so with --yes")
+    try:
+        done = release()
+    except ReleaseError as error:
+        print(f"dsnatctl: {error}", file=sys.stderr)
+        return FAILED
+    if arguments.json:
+        print(json.dumps({"ok": True, "removed": done}))
+    else:
+        print("\n".join(f"removed {one}" for one in done) or "there was nothing to remove")
+    return 0
+
+
+class UsageError(Exception):
+    """Right words, wrong combination."""
+
+
+def tell(answer: Json, view: Callable[[Json], Iterator[str]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in view(answer))
+
+
+def filters(arguments: argparse.Namespace) -> Json:
+    return {name: getattr(arguments, name) for name in FILTERS if getattr(arguments, name, None)}
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    end = "ADDRESS[/LENGTH][:PORT]"
+    parser.add_argument("--host", metavar=end, help="the inside end")
+    parser.add_argument("--remote", metavar=end, help="the far end")
+    parser.add_argument("--outside", metavar=end, help="the public end")
+    parser.add_argument("--protocol", choices=("tcp", "udp", "icmp"))
+    parser.add_argument("--state", help="opening, established, closing, one_way, two_way")
+    parser.add_argument("--pool", metavar="NAME")
+
+
+def parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--socket", default=SOCKET, metavar="PATH", help=f"default {SOCKET}")
+    common.add_argument("--json", action="store_true", help="the engine's answer as JSON")
+    top = argparse.ArgumentParser(
+        prog="dsnatctl",
+        description="Ask the NAT engine, and tell it what to do.",
+        epilog="exit status: 0 done, 1 refused or failed, 2 usage or invalid configuration, 3 engine unreachable",
+    )
+    verbs = top.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        one = verbs.add_parser(name, help=text, description=text, parents=[common])
+        one.set_defaults(run=run)
+        return one
+
+    whats = verbs.add_parser("show", help="sessions, pools, zones, counters, workers or ports")
+    what = whats.add_subparsers(metavar="WHAT", dest="what", required=True)
+    for name in ("sessions", *VIEWS):
+        one = what.add_parser(name, parents=[common])
+        one.set_defaults(run=do_show)
+        if name == "sessions":
+            add_filters(one)
+        if name == "pools":
+            one.add_argument("--pool", metavar="NAME", help="only this one")
+        if name in ("sessions", "pools"):
+            one.add_argument("--limit", type=positive, metavar="N", help="at most N rows")
+    verb("status", do_status, "is the engine well, and what does it run")
+    verb("reload", do_reload, "read the configuration file again; changes nothing if it has an error")
+    clear = verb("clear", do_clear, "end sessions")
+    add_filters(clear)
+    clear.add_argument("--all", action="store_true", help="every session")
+    release = verb("release", do_release, "remove the fail-closed rules and twins that a stopped engine leaves")
+    release.add_argument("--yes", action="store_true", help="I know that packets then leave untranslated")
+    verb("version", do_version, "the version of the engine that runs")
+    return top
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except Unreachable as error:
+        print(f"dsnatctl: {error}", file=sys.stderr)
+        return UNREACHABLE
+    except Refused as error:
+        if arguments.json:
+            print(json.dumps(error.answer))
+        print(f"dsnatctl: {error}", file=sys.stderr)
+        return FAILED
+    except UsageError as error:
+        print(f"dsnatctl: {error}", file=sys.stderr)
+        return USAGE
+    except BrokenPipeError:
+        # the reader (head, less) has seen enough; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

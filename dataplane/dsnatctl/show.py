@@ -1,0 +1,202 @@
+"""Answers of the engine as text for people. Each function takes the answer and gives lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from dsnatctl.client import Json
+
+SESSION = "{:<5} {:<21} {:<21} {:<21} {:<12} {:>7} {:>7} {:>8} {:>12} {:>12}  {}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, left: int = 1) -> Iterator[str]:
+    """Columns as wide as they must be; the first `left` ones to the left, numbers to the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(head), *texts]) for i in range(len(head))]
+    for line in [list(head), *texts]:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def sessions_head() -> str:
+    return SESSION.format(
+        "proto", "inside", "outside", "remote", "state", "age_s", "idle_s", "left_s", "out", "in", "pool"
+    )
+
+
+def sessions(answer: Json) -> Iterator[str]:
+    """Without head and with fixed widths: pages are printed as they come."""
+    for s in answer["sessions"]:
+        yield SESSION.format(
+            s["protocol"],
+            s["inside"],
+            s["outside"],
+            s["remote"],
+            s["state"],
+            s["age_s"],
+            s["idle_s"],
+            s["expires_s"],
+            s["bytes_out"],
+            s["bytes_in"],
+            s["pool"] or "(removed)",
+        )
+
+
+def pools(answer: Json) -> Iterator[str]:
+    for pool in answer["pools"]:
+        active = "" if pool["active"] else ", not active here"
+        drains = f", {pool['n_draining']} draining" if pool["n_draining"] else ""
+        yield (
+            f"{pool['name']}: {pool['mapping']}, {pool['select']}, ports {pool['ports']}, "
+            f"{pool['n_addresses']} addresses{drains}, {pool['sessions']} sessions{active}"
+        )
+        rows = [
+            (
+                f"  {a['address']}",
+                a["sessions"],
+                a["created"],
+                a["refused"],
+                "draining" if a["draining"] else "",
+            )
+            for a in pool["addresses"]
+        ]
+        yield from table(("  address", "sessions", "created", "refused", ""), rows)
+        if len(rows) < pool["n_addresses"]:
+            yield f"  and {pool['n_addresses'] - len(rows)} more addresses; see --limit"
+    if not answer["pools"]:
+        yield "there is no pool"
+
+
+def zones(answer: Json) -> Iterator[str]:
+    rows = [
+        (
+            number,
+            zone["source"],
+            zone.get("destination", "any"),
+            zone.get("pool", zone["action"]),
+            zone.get("mss_clamp", "-"),
+            zone["created"],
+            zone["refused"],
+        )
+        for number, zone in enumerate(answer["zones"], 1)
+    ]
+    yield from table(("#", "source", "destination", "goes to", "mss", "created", "refused"), rows, left=4)
+
+
+def counters(answer: Json) -> Iterator[str]:
+    c, meanings = answer["counters"], answer.get("meanings", {})
+    rows = [
+        ("received", c["received"], ""),
+        ("taken over", c["taken_over"], "from other workers"),
+        ("= forwarded", c["forwarded"], "translated and sent"),
+        ("+ passed", c["passed"], "given to the kernel"),
+        ("+ dropped", c["dropped"], "by reason below"),
+        ("+ handed over", c["handed_over"], "to other workers"),
+        ("+ held", c["held"], "now"),
+    ]
+    yield from _columns(rows)
+    yield (
+        "Every packet is accounted for."
+        if answer["equation"]
+        else "THE TWO SIDES DIFFER: this is a fault of the engine, please report it."
+    )
+    yield ""
+    yield from _columns(
+        [
+            ("made", c["made"], "by the engine itself, such as ICMP errors"),
+            ("sessions", c["sessions"], "now"),
+            ("  created", c["sessions_created"], ""),
+            ("  expired", c["sessions_expired"], ""),
+            ("  closed", c["sessions_closed"], "by both ends, or cleared"),
+            ("bytes out", c["bytes_out"], "from inside to outside"),
+            ("bytes in", c["bytes_in"], "from outside to inside"),
+        ]
+    )
+    for verdict in ("drop", "pass"):
+        rows = [
+            (name, count, _sentence(meanings[name]))
+            for name, count in c["reasons"].items()
+            if count and meanings.get(name, {}).get("verdict") == verdict
+        ]
+        if rows:
+            yield ""
+            yield "dropped because" if verdict == "drop" else "passed because"
+            yield from _columns([(f"  {name}", count, text) for name, count, text in rows])
+
+
+def _sentence(reason: Json) -> str:
+    return f"{reason['meaning']}; {reason['advice']}" if reason["advice"] else str(reason["meaning"])
+
+
+def _columns(rows: Sequence[tuple[str, int, str]]) -> Iterator[str]:
+    for name, count, text in rows:
+        yield f"{name:<18} {count:>16}  {text}".rstrip()
+
+
+def workers(answer: Json) -> Iterator[str]:
+    rows = []
+    for w in answer["workers"]:
+        if not w["answers"]:
+            rows.append((w["worker"], *("-" * 9), "does not answer"))
+            continue
+        c = w["counters"]
+        time_ns = w.get("busy_ns", 0) + w.get("idle_ns", 0)
+        packets = w.get("packets", 0)
+        rows.append(
+            (
+                w["worker"],
+                w.get("core", "-") if w.get("core", -1) >= 0 else "-",
+                f"{100 * w['busy_ns'] / time_ns:.1f} %" if time_ns else "-",
+                c["received"],
+                c["forwarded"],
+                c["dropped"],
+                c["sessions"],
+                f"{w['cycles'] / packets:.0f}" if packets and w.get("cycles") else "-",
+                c["handed_over"],
+                c["taken_over"],
+                "" if w["equation"] else "equation broken",
+            )
+        )
+    head = ("worker", "core", "busy", "received", "forwarded", "dropped", "sessions", "cycles/packet")
+    yield from table((*head, "handed over", "taken over", ""), rows)
+
+
+def ports(answer: Json) -> Iterator[str]:
+    rows = []
+    for p in answer["ports"]:
+        link = "-" if "up" not in p else f"up, {p['speed_mbps']} Mb/s" if p["up"] else "down"
+        figures = [
+            p.get(key, "-")
+            for key in ("rx_packets", "rx_missed", "rx_errors", "tx_packets", "tx_errors", "mtu", "queues")
+        ]
+        rows.append((p["name"], p["role"], p["path"], p["device"] or "-", link, p.get("twin") or "-", *figures))
+    head = ("port", "role", "path", "device", "link", "twin")
+    yield from table((*head, "rx", "missed", "errors", "tx", "tx errors", "mtu", "queues"), rows, left=6)
+
+
+def status(answer: Json) -> Iterator[str]:
+    uptime = f"running for {_time(answer['uptime_s'])}" if "uptime_s" in answer else "running"
+    yield f"{answer['program']} {answer['version']}, {uptime}, configuration {answer['config']}"
+    yield (
+        f"{answer['workers']} workers, {answer['interfaces']} interfaces, {answer['pools']} pools, "
+        f"{answer['zones']} zones"
+    )
+    yield f"{answer['sessions']} of {answer['max_sessions']} sessions"
+    yield "every packet is accounted for" if answer["equation"] else "THE COUNTERS DO NOT ADD UP"
+    yield from problems(answer)
+
+
+def problems(answer: Json) -> Iterator[str]:
+    """FILE:LINE:COL: what; what to do"""
+    for p in answer.get("problems", []):
+        place = f"{p['file']}:{p['line']}:{p['column']}" if p["line"] else p["file"]
+        yield f"{place}: {'warning: ' if p['warning'] else ''}{p['text']}"
+
+
+def _time(seconds: int) -> str:
+    days, rest = divmod(seconds, 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days} d {clock}" if days else clock
