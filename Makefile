@@ -16,11 +16,13 @@ setup: ## install Debian packages and the Python environment; says what it will 
 build: setup .build/engine/build.ninja .build/engine-debug/build.ninja ## compile the engine: release, and with ASan and UBSan
 	@ninja -C .build/engine && ninja -C .build/engine-debug
 
-.build/engine/build.ninja:
-	@meson setup .build/engine dataplane --buildtype=release
+# A folder changes when a file is added or removed, and meson finds files by their folder.
+FOLDERS := dataplane $(wildcard dataplane/core dataplane/ctl dataplane/io dataplane/io/*)
+.build/engine/build.ninja: $(FOLDERS)
+	@meson setup $(if $(wildcard $@),--reconfigure) .build/engine dataplane --buildtype=release && touch $@
 
-.build/engine-debug/build.ninja:
-	@meson setup .build/engine-debug dataplane --buildtype=debug -Db_sanitize=address,undefined
+.build/engine-debug/build.ninja: $(FOLDERS)
+	@meson setup $(if $(wildcard $@),--reconfigure) .build/engine-debug dataplane --buildtype=debug -Db_sanitize=address,undefined && touch $@
 
 demo: setup ## build, boot, provision and translate, end to end; KEEP=1 leaves the lab up
 	@$(PYTHON) -m tests.system.demo $(if $(KEEP),--keep)

@@ -75,11 +75,10 @@ def main() -> int:
     seen, wrong = join(rows, list(test_names(ROOT / "tests")))
     print(f"{'requirement':<22}{'EIM':<9}{'ED':<9}{'tests':>5}  note")
     for row in rows:
-        print(
-            f"{row.requirement:<22}{row.independent:<9}{row.dependent:<9}{len(seen[row.requirement]):>5}  {row.note}"
-        )
-    for mode, words in (("EIM", [row.independent for row in rows]), ("ED", [row.dependent for row in rows])):
-        count = Counter(words)
+        words = f"{row.independent:<9}{row.dependent:<9}"
+        print(f"{row.requirement:<22}{words}{len(seen[row.requirement]):>5}  {row.note}")
+    for mode, column in (("EIM", [row.independent for row in rows]), ("ED", [row.dependent for row in rows])):
+        count = Counter(column)
         print(f"{mode}: " + ", ".join(f"{count[word]} {word}" for word in WORDS))
     for problem in wrong:
         print(f"rfc: {problem}", file=sys.stderr)
