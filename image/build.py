@@ -333,7 +333,7 @@ def clear_outputs(paths: Paths) -> None:
     """Split files carry the hash of their content in the name: those of the last build would be published again."""
     if paths.output.exists():
         for path in paths.output.iterdir():
-            if path.name.startswith(("gateway", "initrd", "SHA256SUMS", "inputs.json")):
+            if path.name.startswith(("gateway", "initrd", "SHA256SUMS", "inputs.json")) or path.suffix == ".debug":
                 path.unlink()
 
 
