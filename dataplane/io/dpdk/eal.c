@@ -1,0 +1,210 @@
+/* From `interfaces:` to the arguments of rte_eal_init(), so that nobody has to write those.
+ *
+ * Nothing is shared with other DPDK programs of the machine: no files and no locks are left, the file prefix
+ * is unique, only the PCI devices that the configuration names are opened (and none without one). Session
+ * memory is never in here: it must outlive this process, and EAL memory does not.
+ *
+ * Workers are pinned only to isolated CPUs (isolcpus, or a systemd slice that the image makes): pinning to a
+ * CPU that others use gives no speed and makes two daemons of one machine fight for the same one.
+ */
+#include "eal.h"
+
+#include <ctype.h>
+#include <dirent.h>
+#include <rte_eal.h>
+#include <rte_errno.h>
+#include <rte_lcore.h>
+#include <rte_log.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define ARGUMENTS_MAX (32 + 2 * NAT_INTERFACES_MAX)
+
+struct arguments {
+	char *text[ARGUMENTS_MAX];
+	char kept[ARGUMENTS_MAX][256]; /* what to free: rte_eal_init() may reorder text[] */
+	int n;
+};
+
+__attribute__((format(printf, 2, 3))) static void argument(struct arguments *a, const char *format, ...)
+{
+	va_list list;
+
+	if (a->n + 1 >= (int)ARGUMENTS_MAX)
+		abort(); /* NAT_INTERFACES_MAX bounds them */
+	va_start(list, format);
+	vsnprintf(a->kept[a->n], sizeof a->kept[0], format, list);
+	va_end(list);
+	a->text[a->n] = a->kept[a->n];
+	a->n++;
+}
+
+bool eal_is_pci(const char *device)
+{
+	unsigned domain, bus, slot, function;
+	int end = 0;
+
+	return sscanf(device, "%x:%x:%x.%x%n", &domain, &bus, &slot, &function, &end) == 4 && end > 0 &&
+	       (device[end] == '\0' || device[end] == ',');
+}
+
+void eal_device_name(const char *device, char *name, size_t name_bytes)
+{
+	snprintf(name, name_bytes, "%.*s", (int)strcspn(device, ","), device);
+}
+
+static unsigned long number_in(const char *path)
+{
+	FILE *file = fopen(path, "re");
+	unsigned long number = 0;
+
+	if (file && fscanf(file, "%lu", &number) != 1)
+		number = 0;
+	if (file)
+		fclose(file);
+	return number;
+}
+
+bool eal_has_hugepages(void)
+{
+	const char *base = "/sys/kernel/mm/hugepages";
+	DIR *dir = opendir(base);
+	struct dirent *entry;
+	bool any = false;
+
+	while (dir && !any && (entry = readdir(dir))) {
+		char path[512];
+
+		snprintf(path, sizeof path, "%s/%s/free_hugepages", base, entry->d_name);
+		any = entry->d_name[0] != '.' && number_in(path) > 0;
+	}
+	if (dir)
+		closedir(dir);
+	return any;
+}
+
+/* The isolated CPUs that this process may use, in order. */
+static uint32_t isolated(int32_t *core, uint32_t max)
+{
+	FILE *file = fopen("/sys/devices/system/cpu/isolated", "re");
+	cpu_set_t allowed;
+	int first, last;
+	uint32_t n = 0;
+
+	if (!file)
+		return 0;
+	if (sched_getaffinity(0, sizeof allowed, &allowed))
+		CPU_ZERO(&allowed);
+	while (fscanf(file, "%d", &first) == 1) {
+		int mark = fgetc(file);
+
+		last = first;
+		if (mark == '-') {
+			if (fscanf(file, "%d", &last) != 1)
+				break;
+			mark = fgetc(file);
+		}
+		for (int cpu = first; cpu <= last && n < max; cpu++)
+			if (CPU_ISSET((size_t)cpu, &allowed))
+				core[n++] = cpu;
+		if (mark != ',')
+			break;
+	}
+	fclose(file);
+	return n;
+}
+
+int32_t eal_core_of(uint32_t worker, uint32_t n_workers)
+{
+	int32_t core[NAT_WORKERS_MAX];
+	uint32_t n = isolated(core, NAT_WORKERS_MAX);
+
+	return n >= n_workers && worker < n ? core[worker] : -1;
+}
+
+/* "(0,1)": any CPU that we may use */
+static void floating(char *text, size_t text_bytes)
+{
+	cpu_set_t allowed;
+	size_t used = 0;
+
+	if (sched_getaffinity(0, sizeof allowed, &allowed))
+		CPU_SET(0, &allowed);
+	text[0] = '\0';
+	for (int cpu = 0; cpu < CPU_SETSIZE && used + 8 < text_bytes; cpu++)
+		if (CPU_ISSET((size_t)cpu, &allowed))
+			used += (size_t)snprintf(text + used, text_bytes - used, "%s%d", used ? "," : "(",
+						 cpu);
+	snprintf(text + used, text_bytes - used, ")");
+}
+
+static void lcores(struct arguments *a, uint32_t n_workers)
+{
+	char any[128], text[256];
+	size_t used;
+
+	floating(any, sizeof any);
+	used = (size_t)snprintf(text, sizeof text, "0@%s", any);
+	for (uint32_t w = 0; w < n_workers && used < sizeof text; w++) {
+		int32_t core = eal_core_of(w, n_workers);
+
+		used += core < 0 ? (size_t)snprintf(text + used, sizeof text - used, ",%u@%s", w + 1, any)
+				 : (size_t)snprintf(text + used, sizeof text - used, ",%u@%d", w + 1, core);
+	}
+	argument(a, "--lcores=%s", text);
+}
+
+int eal_start(const struct nat_config *config, const struct eal_options *options, char *why, size_t why_bytes)
+{
+	struct arguments *a = calloc(1, sizeof *a);
+	uint32_t n_pci = 0;
+
+	if (!a)
+		abort();
+	argument(a, "dsnatd");
+	argument(a, "%s",
+		 options->no_huge ? "--no-shconf" : "--in-memory"); /* the latter excludes plain pages */
+	argument(a, "--no-telemetry");
+	argument(a, "--file-prefix=dsnat%d", getpid());
+	argument(a, "--log-level=warning");
+	lcores(a, options->n_workers);
+	for (uint32_t i = 0; i < config->n_interfaces; i++) {
+		const struct nat_interface_config *c = &config->interfaces[i];
+
+		if (c->path != NAT_PATH_DPDK)
+			continue;
+		n_pci += eal_is_pci(c->device);
+		argument(a, "%s%s", eal_is_pci(c->device) ? "--allow=" : "--vdev=", c->device);
+	}
+	if (!n_pci)
+		argument(a, "--no-pci");
+	if (options->no_huge) {
+		argument(a, "--no-huge");
+		argument(a, "-m");
+		argument(a, "%u", options->memory_mb);
+	}
+
+	int status = rte_eal_init(a->n, a->text);
+
+	free(a);
+	if (status >= 0)
+		return 0;
+	snprintf(why, why_bytes, "DPDK does not start (%s); its own words are above%s",
+		 rte_strerror(rte_errno),
+		 n_pci ? "; is each PCI device bound to vfio-pci or uio_pci_generic, and are there hugepages?"
+		       : "");
+	return -1;
+}
+
+void eal_stop(void)
+{
+	char directory[256];
+
+	snprintf(directory, sizeof directory, "%s", rte_eal_get_runtime_dir());
+	rte_eal_cleanup();
+	(void)rmdir(directory); /* made for nothing: we share no files */
+}

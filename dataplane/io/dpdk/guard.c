@@ -1,0 +1,91 @@
+/* net_af_packet and net_pcap read a *copy* of each packet. The kernel goes on with the original: it would
+ * forward it untranslated, answer with a TCP reset, or answer ARP beside us. So a netfilter hook at the
+ * interface's ingress, which comes after the copy and before everything else, drops the original. Without it
+ * we do not start.
+ *
+ * (net_af_xdp, net_tap and net_memif take their packets for themselves and need nothing.)
+ */
+#include "guard.h"
+
+#include <errno.h>
+#include <net/if.h>
+#include <nftables/libnftables.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+_Bool guard_needed(const char *device, char *kernel_interface, size_t bytes)
+{
+	static const char *const copies[] = {"net_af_packet", "eth_af_packet", "net_pcap", "eth_pcap"};
+	const char *at = NULL;
+
+	for (size_t i = 0; i < sizeof copies / sizeof *copies; i++)
+		if (!strncmp(device, copies[i], strlen(copies[i])))
+			at = strstr(device, "iface="); /* also rx_iface= */
+	if (!at)
+		return 0;
+	at += strlen("iface=");
+	snprintf(kernel_interface, bytes, "%.*s", (int)strcspn(at, ","), at);
+	return 1;
+}
+
+static int bring_up(const char *name)
+{
+	struct ifreq request = {0};
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), status;
+
+	if (fd < 0)
+		return -errno;
+	strncpy(request.ifr_name, name, sizeof request.ifr_name - 1);
+	status = ioctl(fd, SIOCGIFFLAGS, &request);
+	if (!status && !(request.ifr_flags & IFF_UP)) {
+		request.ifr_flags |= IFF_UP;
+		status = ioctl(fd, SIOCSIFFLAGS, &request);
+	}
+	status = status ? -errno : 0;
+	close(fd);
+	return status;
+}
+
+int guard_install(const char *name, char *why, size_t why_bytes)
+{
+	struct nft_ctx *nft;
+	char rules[1024];
+	int status;
+
+	if (!if_nametoindex(name)) {
+		snprintf(why, why_bytes, "there is no interface %s; make it before dsnatd starts", name);
+		return -1;
+	}
+	nft = nft_ctx_new(NFT_CTX_DEFAULT);
+	if (!nft) {
+		snprintf(why, why_bytes, "libnftables does not start");
+		return -1;
+	}
+	nft_ctx_buffer_error(nft);
+	nft_ctx_buffer_output(nft);
+	/* Made anew each time, in one transaction: an older table may hang on an interface that is gone. */
+	snprintf(rules, sizeof rules,
+		 "add table netdev dsnat-%1$s; delete table netdev dsnat-%1$s; add table netdev dsnat-%1$s; "
+		 "add chain netdev dsnat-%1$s ingress { type filter hook ingress device \"%1$s\" priority "
+		 "-500; "
+		 "policy drop; }",
+		 name);
+	status = nft_run_cmd_from_buffer(nft, rules);
+	if (status)
+		snprintf(why, why_bytes,
+			 "the kernel's own copy of what arrives on %s cannot be dropped (%.200s); a kernel "
+			 "with "
+			 "CONFIG_NF_TABLES_NETDEV and the right to use nftables are needed",
+			 name, nft_ctx_get_error_buffer(nft));
+	nft_ctx_free(nft);
+	if (status)
+		return -1;
+	if ((status = bring_up(name))) {
+		snprintf(why, why_bytes, "interface %s cannot be brought up: %s", name, strerror(-status));
+		return -1;
+	}
+	return 0;
+}

@@ -1,0 +1,242 @@
+/* A port is configured for what the NAT needs and no more: one queue pair per worker where the device has so
+ * many, the device's own MAC, all multicast (VRRP, OSPF, LLDP), no promiscuous mode, and of the offloads the
+ * check of the IPv4 header checksum on receive. The engine updates checksums incrementally, so transmit
+ * offloads would only hide errors.
+ *
+ * One pool of packet buffers serves all ports: a packet crosses from one to another without a copy. Its size
+ * is reckoned from what can be outstanding at once; a worker that leaks shows soon as `no_buffer`.
+ */
+#include "port.h"
+
+#include <rte_errno.h>
+#include <rte_ethdev.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "eal.h"
+#include "guard.h"
+
+#define DESCRIPTORS  512u
+#define CACHE        128u
+#define RINGS_HOLD   4096u /* towards the twins and back, and between workers */
+#define WAITING_HOLD 1024u /* per worker: for neighbours and first fragments */
+#define LINK_BYTES   (RTE_ETHER_HDR_LEN + 2 * 4)
+
+static uint32_t dpdk_interfaces(const struct nat_config *config, uint16_t *mtu_max)
+{
+	uint32_t n = 0;
+
+	*mtu_max = 1500;
+	for (uint32_t i = 0; i < config->n_interfaces; i++) {
+		n += config->interfaces[i].path == NAT_PATH_DPDK;
+		if (config->interfaces[i].mtu_bytes > *mtu_max)
+			*mtu_max = config->interfaces[i].mtu_bytes;
+	}
+	return n;
+}
+
+static uint32_t buffers(uint32_t n_ports, uint32_t n_workers)
+{
+	return n_ports * n_workers * 2 * DESCRIPTORS + RINGS_HOLD + n_workers * (WAITING_HOLD + 2 * CACHE) -
+	       1;
+}
+
+static uint16_t room_bytes(uint16_t mtu_bytes)
+{
+	uint32_t bytes = mtu_bytes + LINK_BYTES;
+
+	return (uint16_t)((bytes < 2048 ? 2048 : (bytes + 63) & ~63u) + RTE_PKTMBUF_HEADROOM);
+}
+
+uint32_t ports_memory_mb(const struct nat_config *config, uint32_t n_workers)
+{
+	uint16_t mtu;
+	uint32_t n_ports = dpdk_interfaces(config, &mtu);
+	uint64_t each = sizeof(struct rte_mbuf) + sizeof(struct note) + room_bytes(mtu) + 128;
+
+	return (uint32_t)(buffers(n_ports, n_workers) * each >> 20) + 32 + 4 * n_workers;
+}
+
+static int queues_set_up(struct port *p, const struct rte_eth_dev_info *info, struct rte_mempool *pool)
+{
+	uint16_t rx = DESCRIPTORS, tx = DESCRIPTORS;
+	int status = rte_eth_dev_adjust_nb_rx_tx_desc(p->id, &rx, &tx);
+
+	for (uint16_t q = 0; q < p->n_queues && !status; q++) {
+		status = rte_eth_rx_queue_setup(p->id, q, rx, (unsigned)rte_eth_dev_socket_id(p->id), NULL,
+						pool);
+		if (!status)
+			status = rte_eth_tx_queue_setup(p->id, q, tx, (unsigned)rte_eth_dev_socket_id(p->id),
+							NULL);
+	}
+	(void)info;
+	return status;
+}
+
+/* One try: with receive interrupts or without. */
+static int start_with(struct port *p, const struct rte_eth_dev_info *info, struct rte_mempool *pool,
+		      bool interrupts)
+{
+	struct rte_eth_conf conf = {
+		.rxmode = {.mtu = p->mtu_bytes,
+			   .offloads = info->rx_offload_capa & RTE_ETH_RX_OFFLOAD_IPV4_CKSUM},
+		.txmode = {.offloads = info->tx_offload_capa & RTE_ETH_TX_OFFLOAD_MBUF_FAST_FREE},
+		.intr_conf = {.rxq = interrupts},
+	};
+	int status;
+
+	if (p->n_queues > 1 && info->flow_type_rss_offloads) {
+		conf.rxmode.mq_mode = RTE_ETH_MQ_RX_RSS;
+		conf.rx_adv_conf.rss_conf.rss_hf =
+			info->flow_type_rss_offloads & (RTE_ETH_RSS_IPV4 | RTE_ETH_RSS_NONFRAG_IPV4_TCP |
+							RTE_ETH_RSS_NONFRAG_IPV4_UDP | RTE_ETH_RSS_FRAG_IPV4);
+	}
+	status = rte_eth_dev_configure(p->id, p->n_queues, p->n_queues, &conf);
+	if (!status)
+		status = queues_set_up(p, info, pool);
+	if (!status)
+		status = rte_eth_dev_start(p->id);
+	if (status || !interrupts)
+		return status;
+	/* Some drivers take the setting and cannot do it (uio has one interrupt for everything). */
+	for (uint16_t q = 0; q < p->n_queues; q++)
+		if (rte_eth_dev_rx_intr_ctl_q_get_fd(p->id, q) < 0 || rte_eth_dev_rx_intr_enable(p->id, q) ||
+		    rte_eth_dev_rx_intr_disable(p->id, q)) {
+			rte_eth_dev_stop(p->id);
+			return -ENOTSUP;
+		}
+	return 0;
+}
+
+static uint16_t mtu_for(const struct rte_eth_dev_info *info, const struct nat_interface_config *c,
+			uint16_t id)
+{
+	uint16_t own = 1500;
+
+	if (c->mtu_bytes)
+		return c->mtu_bytes;
+	if (rte_eth_dev_get_mtu(id, &own) || own < RTE_ETHER_MIN_MTU || own > RTE_ETHER_MTU)
+		own = RTE_ETHER_MTU; /* more only on request: it costs buffers */
+	return info->max_mtu && own > info->max_mtu ? info->max_mtu : own;
+}
+
+static int port_open(struct port *p, const struct nat_interface_config *c, uint32_t n_workers,
+		     struct rte_mempool *pool, char *why, size_t why_bytes)
+{
+	struct rte_eth_dev_info info;
+	char name[128], kernel_interface[64];
+	int status;
+
+	p->name = c->name;
+	p->outside = c->role == NAT_ROLE_OUTSIDE;
+	snprintf(p->device, sizeof p->device, "%s", c->device);
+	eal_device_name(c->device, name, sizeof name);
+	if (rte_eth_dev_get_port_by_name(name, &p->id) || rte_eth_dev_info_get(p->id, &info)) {
+		snprintf(why, why_bytes,
+			 "interface %s: DPDK found no device %s; is it bound to vfio-pci or uio_pci_generic, "
+			 "and is the driver's package installed?",
+			 c->name, name);
+		return -1;
+	}
+	p->n_queues = info.max_rx_queues < info.max_tx_queues ? info.max_rx_queues : info.max_tx_queues;
+	if (p->n_queues > n_workers)
+		p->n_queues = (uint16_t)n_workers;
+	p->shared_tx = p->n_queues < n_workers;
+	p->mtu_bytes = mtu_for(&info, c, p->id);
+	status = start_with(p, &info, pool, true);
+	p->interrupts = status == 0;
+	if (status)
+		status = start_with(p, &info, pool, false);
+	if (status || rte_eth_macaddr_get(p->id, &p->mac)) {
+		snprintf(why, why_bytes,
+			 "interface %s: device %s cannot be started with %u queues and an MTU of %u: %s",
+			 c->name, name, p->n_queues, p->mtu_bytes, rte_strerror(-status));
+		return -1;
+	}
+	(void)rte_eth_dev_set_mtu(p->id,
+				  p->mtu_bytes); /* vdevs that have no such call take frames as they come */
+	(void)rte_eth_allmulticast_enable(p->id);
+	if (guard_needed(c->device, kernel_interface, sizeof kernel_interface) &&
+	    guard_install(kernel_interface, why, why_bytes))
+		return -1;
+	(void)port_poll_link(p);
+	return 0;
+}
+
+int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_workers, char *why,
+	       size_t why_bytes)
+{
+	uint16_t mtu;
+	uint32_t n = dpdk_interfaces(config, &mtu);
+	char detail[384];
+
+	memset(ports, 0, sizeof *ports);
+	memset(ports->of_iface, PORT_NONE, sizeof ports->of_iface);
+	memset(ports->of_id, PORT_NONE, sizeof ports->of_id);
+	ports->pool = rte_pktmbuf_pool_create("packets", buffers(n, n_workers), CACHE, sizeof(struct note),
+					      room_bytes(mtu), SOCKET_ID_ANY);
+	if (!ports->pool) {
+		snprintf(why, why_bytes, "no memory for %u packet buffers (%u MB): %s; raise vm.nr_hugepages",
+			 buffers(n, n_workers), ports_memory_mb(config, n_workers), rte_strerror(rte_errno));
+		return -1;
+	}
+	for (uint32_t i = 0; i < config->n_interfaces; i++) {
+		struct port *p = &ports->port[ports->n];
+
+		if (config->interfaces[i].path != NAT_PATH_DPDK)
+			continue;
+		p->iface = (uint8_t)i;
+		if (port_open(p, &config->interfaces[i], n_workers, ports->pool, detail, sizeof detail)) {
+			snprintf(why, why_bytes, "%s", detail);
+			return -1;
+		}
+		ports->of_iface[i] = ports->of_id[p->id & 0xff] = (uint8_t)ports->n;
+		ports->n++;
+	}
+	return 0;
+}
+
+void ports_close(struct ports *ports)
+{
+	for (uint32_t i = 0; i < ports->n; i++) {
+		rte_eth_dev_stop(ports->port[i].id);
+		rte_eth_dev_close(ports->port[i].id);
+	}
+	ports->n = 0;
+}
+
+bool port_poll_link(struct port *p)
+{
+	struct rte_eth_link link = {0};
+	bool up = rte_eth_link_get_nowait(p->id, &link) == 0 && link.link_status == RTE_ETH_LINK_UP;
+
+	p->speed_mbps = up && link.link_speed != RTE_ETH_SPEED_NUM_UNKNOWN ? link.link_speed : 0;
+	return atomic_exchange(&p->up, up) != up;
+}
+
+void port_view(const struct port *p, struct request_port *view)
+{
+	struct rte_eth_stats stats = {0};
+
+	(void)rte_eth_stats_get(p->id, &stats);
+	*view = (struct request_port){
+		.name = p->name,
+		.twin = p->name,
+		.up = p->up,
+		.speed_mbps = p->speed_mbps,
+		.mtu_bytes = p->mtu_bytes,
+		.queues = p->n_queues,
+		.rx_packets = stats.ipackets,
+		.rx_bytes = stats.ibytes,
+		.rx_missed = stats.imissed + stats.rx_nombuf,
+		.rx_errors = stats.ierrors,
+		.tx_packets = stats.opackets,
+		.tx_bytes = stats.obytes,
+		.tx_errors = stats.oerrors,
+		.twin_to_packets = p->twin_to,
+		.twin_from_packets = p->twin_from,
+	};
+	snprintf(view->mac, sizeof view->mac, "%02x:%02x:%02x:%02x:%02x:%02x", p->mac.addr_bytes[0],
+		 p->mac.addr_bytes[1], p->mac.addr_bytes[2], p->mac.addr_bytes[3], p->mac.addr_bytes[4],
+		 p->mac.addr_bytes[5]);
+}

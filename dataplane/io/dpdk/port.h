@@ -1,0 +1,68 @@
+/* DPDK ports: set-up, link, what a worker must know of one. */
+#ifndef PORT_H
+#define PORT_H
+
+#include <rte_ether.h>
+#include <rte_mbuf.h>
+#include <rte_spinlock.h>
+#include <stdatomic.h>
+
+#include "../../core/nat.h"
+#include "../../ctl/request.h"
+
+#define PORT_NONE 0xffu
+
+struct twin;
+
+struct port {
+	/* read by workers for each packet */
+	uint16_t id; /* DPDK's number */
+	uint8_t iface;
+	bool outside;
+	uint16_t n_queues; /* pairs; worker w uses queue w % n_queues */
+	bool shared_tx;    /* fewer queues than workers: tx_lock is taken per burst */
+	bool interrupts;
+	struct rte_ether_addr mac;
+	_Atomic bool up;
+	/* the rest */
+	struct twin *twin;
+	const char *name;
+	char device[128];
+	uint16_t mtu_bytes;
+	uint32_t speed_mbps;
+	rte_spinlock_t tx_lock[NAT_WORKERS_MAX];
+	_Atomic uint64_t twin_to, twin_from, twin_lost;
+};
+
+struct ports {
+	struct rte_mempool *pool;
+	uint32_t n;
+	struct port port[NAT_INTERFACES_MAX];
+	uint8_t of_iface[NAT_INTERFACES_MAX]; /* index into port[], or PORT_NONE */
+	uint8_t of_id[256];                   /* DPDK's number -> index into port[] */
+};
+
+/* What an mbuf carries beside the packet (its private area). */
+struct note {
+	uint8_t worker; /* who counted it */
+	uint8_t reason; /* as what (NAT_PASS) */
+	uint8_t zero[6];
+};
+static inline struct note *note_of(struct rte_mbuf *m)
+{
+	return rte_mbuf_to_priv(m);
+}
+
+/* Megabytes of plain memory that ports_open() needs for this configuration. */
+uint32_t ports_memory_mb(const struct nat_config *config, uint32_t n_workers);
+
+/* Opens, configures and starts every port of the configuration. 0, or -1 and a sentence in `why`. */
+int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_workers, char *why,
+	       size_t why_bytes);
+void ports_close(struct ports *ports);
+
+/* Control thread: reads the link; true when it changed. */
+bool port_poll_link(struct port *port);
+void port_view(const struct port *port, struct request_port *view);
+
+#endif

@@ -1,0 +1,30 @@
+/* Where sessions and engines live. Never in EAL's memory: sessions outlive the process. */
+#ifndef MEMORY_H
+#define MEMORY_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+struct memory {
+	void *base;
+	size_t bytes;
+	int fd;
+	bool huge;
+	char path[256]; /* "" for memory without a name */
+};
+
+/* The default place of the session file: on hugetlbfs when it has room for `bytes`, else in /dev/shm. */
+void memory_session_path(size_t bytes, bool no_huge, char *path, size_t path_bytes);
+
+/* Maps the session file, made if it is not there or has another size (then it is all zero), and touches every
+ * page. An empty path: memory that ends with the process. 0, or -1 and a sentence in `why`. */
+int memory_sessions(struct memory *m, const char *path, size_t bytes, char *why, size_t why_bytes);
+/* Empties it again: all zero. */
+int memory_reset(struct memory *m);
+
+/* Memory for an engine or a policy: huge pages where there are some, touched. NULL: none. */
+int memory_plain(struct memory *m, size_t bytes, bool no_huge);
+
+void memory_release(struct memory *m);
+
+#endif
