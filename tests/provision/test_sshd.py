@@ -1,0 +1,186 @@
+"""The whole way, over real SSH: OpenSSH on the loopback, the real agent, the real program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from provision.push import AgentRefused, SshRemote
+from provision.ssh import AuthFailed, HostKeyMismatch, Target, dial
+from tests.provision.sshd import Gateway, make_key, running, user
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FLEET = """\
+schema: 1
+defaults:
+  ssh: {{user: {user}, identity: {identity}}}
+  engine: {{workers: 1, max_sessions: 100000}}
+  rollout: {{confirm_within: {window}s}}
+pools:
+  laddr_g1: {{addresses: [{pool}]}}
+gateways:
+  gw1:
+    management: {{address: 127.0.0.1, port: {port}}}
+    host_key: {host_key}
+    interfaces:
+      inside0: {{role: inside, path: dpdk, device: "0000:00:03.0", addresses: [100.64.0.2/24]}}
+      outside0: {{role: outside, path: dpdk, device: "0000:00:04.0", addresses: [198.51.100.2/24]}}
+    vrrp:
+      instances:
+        inside0: {{id: 10, addresses: [100.64.0.1/24]}}
+        outside0: {{id: 20, addresses: [198.51.100.1/24]}}
+    zones:
+      - {{source: 100.64.0.0/24, pool: laddr_g1}}
+"""
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[Gateway]:
+    with running(tmp_path / "gw1") as found:
+        found.hold("100.64.0.1", "198.51.100.1")
+        yield found
+
+
+def fleet(gateway: Gateway, *, pool: str = "203.0.113.1-203.0.113.4", window: int = 20, **other: str) -> Path:
+    path = gateway.home.parent / "fleet.yaml"
+    values = {"port": str(gateway.port), "host_key": gateway.host_key, "identity": str(gateway.identity)} | other
+    path.write_text(FLEET.format(user=user(), pool=pool, window=window, **values))
+    return path
+
+
+def run(file: Path, *words: str, status: int = 0) -> str:
+    argv = [sys.executable, "-m", "provision", "--file", str(file), *words]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == status, f"{done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def connect(gateway: Gateway) -> SshRemote:
+    target = Target("gw1", "127.0.0.1", gateway.port, user(), gateway.host_key, gateway.identity)
+    return SshRemote("gw1", dial(target))
+
+
+def test_a_plan_is_pushed_confirmed_and_then_empty(gateway: Gateway) -> None:
+    file = fleet(gateway)
+    text = run(file, "plan", status=4)
+    assert "+      - 203.0.113.1-203.0.113.4" in text
+    run(file, "push", "--yes")
+    assert gateway.current() == 1
+    assert not (gateway.root / "pending").exists()
+    assert [call for call in gateway.calls if "is-active" not in call] == [
+        "systemctl reload-or-restart dsnat-failclosed.service",
+        "systemctl stop dsnatd.service",
+        "systemctl reload-or-restart dsnat-nic.service",
+        "networkctl reload",
+        "systemctl restart dsnatd.service",
+        "systemctl reload-or-restart keepalived.service",
+    ]
+    assert "nothing to change" in run(file, "plan")
+    run(file, "push", "--yes")
+    assert gateway.current() == 1
+    assert "confirmed" in run(file, "history")
+    found = json.loads(run(file, "status", "--json"))["gateways"]["gw1"]
+    assert (found["role"], found["state"], found["generation"], found["sessions"]) == ("master", "idle", 1, 7)
+
+
+def test_a_change_of_the_pool_reloads_the_engine_and_nothing_else(gateway: Gateway) -> None:
+    run(fleet(gateway), "push", "--yes")
+    (gateway.fake / "calls").unlink()
+    run(fleet(gateway, pool="203.0.113.1-203.0.113.6"), "push", "--yes")
+    assert [call for call in gateway.calls if "is-active" not in call] == [
+        "systemctl reload-or-restart dsnat-failclosed.service"
+    ]
+
+
+def test_a_gateway_whose_service_fails_reverts_and_the_status_says_so(gateway: Gateway) -> None:
+    (gateway.fake / "fail-keepalived.service").touch()
+    text = run(fleet(gateway), "push", "--yes", status=6)
+    assert "keepalived.service failed" in text
+    assert gateway.current() == 0
+
+
+def test_an_unconfirmed_change_is_undone_in_time(gateway: Gateway) -> None:
+    file = fleet(gateway)
+    run(file, "push", "--yes", "--no-confirm", "--window", "5")
+    assert gateway.current() == 1
+    end = time.monotonic() + 20
+    while (gateway.root / "pending").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert gateway.current() == 0
+    assert "nobody confirmed it in time" in run(file, "history")
+
+
+def test_a_witness_that_disagrees_undoes_the_change(gateway: Gateway) -> None:
+    gateway.hold("198.51.100.1")  # half of the VRRP addresses
+    text = run(fleet(gateway), "push", "--yes", "--window", "5", status=6)
+    assert "holds 1 of 2 VRRP addresses" in text
+    assert gateway.current() == 0
+
+
+def test_confirming_needs_a_connection_that_was_opened_after_the_change(gateway: Gateway) -> None:
+    file = fleet(gateway)
+    with connect(gateway) as old:
+        run(file, "push", "--yes", "--no-confirm")
+        with pytest.raises(AgentRefused, match="new connection"):
+            old.ask({"do": "confirm", "generation": 1}, deadline_s=10)
+    run(file, "confirm")
+    assert not (gateway.root / "pending").exists()
+
+
+def test_another_host_key_is_never_trusted(gateway: Gateway, tmp_path: Path) -> None:
+    other = make_key(tmp_path / "other")
+    text = run(fleet(gateway, host_key=other), "push", "--yes", status=3)
+    assert "another host key" in text
+    assert gateway.current() == 0
+    with pytest.raises(HostKeyMismatch):
+        dial(Target("gw1", "127.0.0.1", gateway.port, user(), other, gateway.identity))
+
+
+def test_a_key_that_the_gateway_does_not_know_is_said_so(gateway: Gateway, tmp_path: Path) -> None:
+    make_key(tmp_path / "stranger")
+    with pytest.raises(AuthFailed, match="stranger"):
+        dial(Target("gw1", "127.0.0.1", gateway.port, user(), gateway.host_key, tmp_path / "stranger"))
+
+
+def test_a_file_edited_on_the_gateway_is_drift_with_its_lines(gateway: Gateway) -> None:
+    file = fleet(gateway)
+    run(file, "push", "--yes")
+    path = gateway.root / "generations/1/dsnatd.yaml"
+    path.write_text(path.read_text().replace("203.0.113.4", "203.0.113.5"))
+    text = run(file, "drift", status=4)
+    assert "-      - 203.0.113.1-203.0.113.5" in text
+    assert "edited on the gateway: dsnatd.yaml" in text
+
+
+def test_a_rollback_makes_the_generation_before_live_again(gateway: Gateway) -> None:
+    run(fleet(gateway), "push", "--yes")
+    run(fleet(gateway, pool="203.0.113.9"), "push", "--yes")
+    assert gateway.current() == 2
+    run(fleet(gateway), "rollback", "--yes")
+    assert gateway.current() == 1
+    assert "nothing to change" in run(fleet(gateway), "plan")
+
+
+def test_a_stale_plan_is_refused(gateway: Gateway, tmp_path: Path) -> None:
+    run(fleet(gateway), "plan", "--out", str(tmp_path / "plan"), status=4)
+    run(fleet(gateway, pool="203.0.113.9"), "push", "--yes")
+    run(fleet(gateway), "push", "--yes", "--plan", str(tmp_path / "plan"), status=8)
+    assert gateway.current() == 1
+
+
+def test_two_operators_cannot_change_a_gateway_at_once(gateway: Gateway) -> None:
+    run(fleet(gateway), "push", "--yes", "--no-confirm")
+    text = run(fleet(gateway, pool="203.0.113.9"), "push", "--yes", status=7)
+    assert "waits to be confirmed" in text
+
+
+def test_a_gateway_that_is_away_is_named_and_the_status_is_three(gateway: Gateway) -> None:
+    text = run(fleet(gateway, port="1"), "push", "--yes", status=3)
+    assert "127.0.0.1:1 cannot be reached" in text
