@@ -282,12 +282,12 @@ struct nat_counters {
 };
 const struct nat_counters *nat_engine_counters(const struct nat_engine *e);
 
-/* A packet with verdict NAT_FORWARD, NAT_PASS or NAT_HANDOVER was not delivered after all: it is counted as dropped
- * for `reason`. */
+/* A packet with verdict NAT_FORWARD, NAT_PASS or NAT_HANDOVER was not delivered after all: it is counted as
+ * dropped for `reason`. */
 void nat_engine_undo(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_reason reason);
 
-/* A packet with verdict NAT_FORWARD waits in the shell for its neighbour: it counts as held from waits = true until
- * waits = false, and as forwarded again from then on (so that it can be sent, or undone). */
+/* A packet with verdict NAT_FORWARD waits in the shell for its neighbour: it counts as held from waits = true
+ * until waits = false, and as forwarded again from then on (so that it can be sent, or undone). */
 void nat_engine_wait(struct nat_engine *e, bool waits);
 
 /* A packet that the shell receives but the core never sees (not IPv4, given to the twin): counted received

@@ -1,0 +1,64 @@
+/* Zones by interval agree with the list read from top to bottom, for random lists of overlapping prefixes. */
+#include <assert.h>
+
+#include "testbed.h"
+
+static uint32_t by_reading(const struct nat_config *config, uint32_t source, uint32_t destination)
+{
+	for (uint32_t z = 0; z < config->n_zones; z++) {
+		const struct nat_zone_config *zone = &config->zones[z];
+		uint64_t source_step = UINT64_C(1) << (32 - zone->source.length_bits);
+		uint64_t destination_step = UINT64_C(1) << (32 - zone->destination.length_bits);
+		if (source / source_step == zone->source.address / source_step &&
+		    destination / destination_step == zone->destination.address / destination_step)
+			return z;
+	}
+	return NAT_NO_ZONE;
+}
+
+int main(void)
+{
+	struct nat_random random = {nat_key_from_seed(3, 't'), 0};
+
+	for (uint32_t round = 0; round < 60; round++) {
+		static struct nat_zone_config zone[400];
+		struct testbed t;
+		testbed_config(&t, 4, 1024, 65535, 1024);
+		const uint32_t n = round % 4 == 0 ? round : (uint32_t)(nat_random_next(&random) % 400);
+		for (uint32_t z = 0; z < n; z++) {
+			const uint64_t r = nat_random_next(&random);
+			/* few addresses, so that zones overlap, nest and touch; also the ends of the address
+			 * space */
+			const uint32_t base = r & 1 ? UINT32_MAX << 8 : (r & 2 ? 0 : ADDRESS(100, 64, 0, 0));
+			zone[z] = (struct nat_zone_config){
+				.source = {base + (uint32_t)(r >> 32) % 2048,
+					   (uint8_t)(r % 5 == 0 ? r >> 8 & 15 : 20 + (r >> 8) % 13)},
+				.destination = {ADDRESS(192, 0, 2, 0) + (uint32_t)(r >> 16) % 512,
+						(uint8_t)(r % 3 ? 0 : 24 + (r >> 12) % 9)},
+				.action = NAT_ACTION_POOL,
+			};
+		}
+		t.config.zones = zone;
+		t.config.n_zones = n;
+		struct nat_policy *policy =
+			nat_policy_init(testbed_memory(nat_policy_size(&t.config)), &t.config, NULL);
+		for (uint32_t probe = 0; probe < 4000; probe++) {
+			const uint64_t r = nat_random_next(&random);
+			uint32_t source =
+				probe % 2 ? (uint32_t)r : ADDRESS(100, 64, 0, 0) - 1024 + (uint32_t)r % 4096;
+			if (n && probe % 3 == 0) {
+				/* just inside or just outside a boundary */
+				const struct nat_prefix *edge = &zone[r % n].source;
+				source = (edge->address & (UINT32_MAX << (32 - edge->length_bits % 32))) +
+					 (uint32_t)(r >> 40) % 3 - 1;
+			}
+			const uint32_t destination = ADDRESS(192, 0, 2, 0) + (uint32_t)(r >> 32) % 512;
+			assert(nat_policy_zone(policy, source, destination) ==
+			       by_reading(&t.config, source, destination));
+		}
+		assert(nat_policy_pool_of(policy, NAT_HTON32(ADDRESS(203, 0, 113, 4))) == 0);
+		assert(nat_policy_pool_of(policy, NAT_HTON32(ADDRESS(203, 0, 113, 5))) == -1);
+		free(policy);
+	}
+	return 0;
+}
