@@ -64,8 +64,8 @@ const char *config_nearest(const char *word, const char *const *words, size_t n)
 	return best;
 }
 
-/* "a", "b" or "c" */
-static const char *list_words(struct config *config, const char *const *words, size_t n)
+/* "a, b or c", "a, b and c" */
+static const char *list_words(struct config *config, const char *const *words, size_t n, const char *last)
 {
 	size_t length = 1;
 	char *out;
@@ -73,14 +73,14 @@ static const char *list_words(struct config *config, const char *const *words, s
 	if (config_is_full(config))
 		return "";
 	for (size_t i = 0; i < n; i++)
-		length += strlen(words[i]) + 4;
+		length += strlen(words[i]) + sizeof(", and ");
 	out = config_take(config, length, 1);
 	for (size_t i = 0; i < n; i++) {
 		strcat(out, words[i]);
 		if (i + 2 < n)
 			strcat(out, ", ");
 		else if (i + 2 == n)
-			strcat(out, " or ");
+			strcat(strcat(strcat(out, " "), last), " ");
 	}
 	return out;
 }
@@ -104,7 +104,7 @@ static void complain_unknown(struct config *config, const struct node *key, cons
 			     config_shown(config, key->text), where, meant);
 	else
 		config_error(config, key, "unknown key %s in %s; its keys are %s",
-			     config_shown(config, key->text), where, list_words(config, words, n));
+			     config_shown(config, key->text), where, list_words(config, words, n, "and"));
 }
 
 /* Puts the value of keys[i] into value[i], NULL when it is not given. `where` names the map in messages. */
@@ -251,7 +251,8 @@ bool config_read_word(struct config *config, const struct node *node, const char
 	}
 	meant = config_nearest(node->text, words, n);
 	config_error(config, node, "\"%s\" is %s; %s%s", key, config_shown(config, node->text),
-		     meant ? "did you mean " : "it must be ", meant ? meant : list_words(config, words, n));
+		     meant ? "did you mean " : "it must be ",
+		     meant ? meant : list_words(config, words, n, "or"));
 	return false;
 }
 

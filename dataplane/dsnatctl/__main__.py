@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dsnatctl import show
 from dsnatctl.client import SOCKET, Engine, Json, Refused, Unreachable
 
+CONFIG = "/etc/dsnat/dsnatd.yaml"
 FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
 FILTERS = ("host", "remote", "outside", "protocol", "state", "pool")
 VIEWS: dict[str, Callable[[Json], Iterator[str]]] = {
@@ -119,12 +120,14 @@ def do_release(arguments: argparse.Namespace) -> int:
     except Unreachable:
         pass
     else:
-        print("dsnatctl: dsnatd runs and needs its rules and twins; stop dsnatd.service first", file=sys.stderr)
+        print(
+            "dsnatctl: dsnatd runs and needs its rules and twins; stop dsnatd.service first", file=sys.stderr
+        )
         return FAILED
     if not arguments.yes:
         raise UsageError("after release this machine forwards packets untranslated; say so with --yes")
     try:
-        done = release()
+        done = release(arguments.config)
     except ReleaseError as error:
         print(f"dsnatctl: {error}", file=sys.stderr)
         return FAILED
@@ -167,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="dsnatctl",
         description="Ask the NAT engine, and tell it what to do.",
-        epilog="exit status: 0 done, 1 refused or failed, 2 usage or invalid configuration, 3 engine unreachable",
+        epilog="exit status: 0 done, 1 refused or failed, 2 wrong usage or configuration, 3 no engine",
     )
     verbs = top.add_subparsers(metavar="VERB", required=True)
 
@@ -192,8 +195,11 @@ def parser() -> argparse.ArgumentParser:
     clear = verb("clear", do_clear, "end sessions")
     add_filters(clear)
     clear.add_argument("--all", action="store_true", help="every session")
-    release = verb("release", do_release, "remove the fail-closed rules and twins that a stopped engine leaves")
+    release = verb(
+        "release", do_release, "remove the fail-closed rules and twins that a stopped engine leaves"
+    )
     release.add_argument("--yes", action="store_true", help="I know that packets then leave untranslated")
+    release.add_argument("--config", default=CONFIG, metavar="FILE", help=f"default {CONFIG}")
     verb("version", do_version, "the version of the engine that runs")
     return top
 

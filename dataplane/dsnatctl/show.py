@@ -172,7 +172,9 @@ def ports(answer: Json) -> Iterator[str]:
             p.get(key, "-")
             for key in ("rx_packets", "rx_missed", "rx_errors", "tx_packets", "tx_errors", "mtu", "queues")
         ]
-        rows.append((p["name"], p["role"], p["path"], p["device"] or "-", link, p.get("twin") or "-", *figures))
+        rows.append(
+            (p["name"], p["role"], p["path"], p["device"] or "-", link, p.get("twin") or "-", *figures)
+        )
     head = ("port", "role", "path", "device", "link", "twin")
     yield from table((*head, "rx", "missed", "errors", "tx", "tx errors", "mtu", "queues"), rows, left=6)
 

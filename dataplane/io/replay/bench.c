@@ -253,7 +253,7 @@ const struct outcome *bench_packet(struct bench *bench, uint64_t now_ns, uint8_t
 
 void bench_bypass(struct bench *bench)
 {
-	nat_engine_bypass(bench->engine[0], NAT_PASS, NAT_REASON_LOCAL);
+	nat_engine_bypass(bench->engine[0], NAT_PASS, NAT_REASON_NOT_IPV4);
 }
 
 /* ---- requests ---- */
