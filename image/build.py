@@ -181,6 +181,13 @@ def run_logged(
         )
 
 
+def tool(*argv: str) -> list[str]:
+    """The command line of a program in the tools tree, run in place with the tree's own libraries: no chroot, no mount."""
+    libraries = TOOLS / "usr/lib/x86_64-linux-gnu"
+    loader = [str(TOOLS / "lib64/ld-linux-x86-64.so.2"), "--library-path", f"{libraries}:{libraries / 'systemd'}"]
+    return [*loader, str(TOOLS / "usr/bin" / argv[0]), *argv[1:]]
+
+
 # --- the tools tree ---------------------------------------------------------------------------------------------------
 
 
