@@ -40,6 +40,7 @@
 #include "ctl/socket.h"
 #include "io/announce.h"
 #include "io/dpdk/eal.h"
+#include "io/dpdk/guard.h"
 #include "io/dpdk/port.h"
 #include "io/dpdk/twin.h"
 #include "io/dpdk/worker.h"
@@ -529,7 +530,7 @@ static enum status open_devices(struct daemon *d)
 	options.memory_mb = ports_memory_mb(config, d->n_workers);
 	if (options.no_huge && !d->options.no_huge)
 		say("no hugepages are free: plain pages are used, which costs speed (set vm.nr_hugepages)");
-	if (eal_start(config, &options, why, sizeof why))
+	if (guards_install(config, why, sizeof why) || eal_start(config, &options, why, sizeof why))
 		return fail(NO_DEVICE, why);
 	d->eal = true;
 	if (ports_open(&d->ports, config, d->n_workers, why, sizeof why) ||
@@ -597,17 +598,22 @@ static enum status open_worker(struct daemon *d, uint32_t index, uint64_t seed)
 	return STOPPED;
 }
 
-static enum status open_control(struct daemon *d, struct request_ops *ops)
+/* Before any device is touched: a second daemon by mistake must not disturb the first. */
+static enum status open_socket(struct daemon *d, struct request_ops *ops)
 {
-	struct itimerspec tenth = {.it_interval.tv_nsec = 100000000, .it_value.tv_nsec = 100000000};
 	char why[512];
 
 	if (!strcmp(d->options.socket, DEFAULT_SOCKET))
 		(void)mkdir("/run/dsnatd", 0755);
 	*ops = request_ops(d);
 	d->socket = socket_open(d->options.socket, ops, why, sizeof why);
-	if (!d->socket)
-		return fail(IN_USE, why);
+	return d->socket ? STOPPED : fail(IN_USE, why);
+}
+
+static enum status open_control(struct daemon *d)
+{
+	struct itimerspec tenth = {.it_interval.tv_nsec = 100000000, .it_value.tv_nsec = 100000000};
+
 	d->tick_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
 	if (d->tick_fd < 0 || timerfd_settime(d->tick_fd, 0, &tenth, NULL) ||
 	    !watch(d, d->signal_fd, SIGNALS) || !watch(d, d->tick_fd, TICK) ||
@@ -631,17 +637,15 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 
 	if (getrandom(&seed, sizeof seed, 0) != (ssize_t)sizeof seed)
 		return fail(FAILED, "the kernel gives no random numbers");
-	if ((status = open_devices(d)))
+	if ((status = open_socket(d, ops)) || (status = open_sessions(d, seed)) || (status = open_devices(d)))
 		return status;
 	if (!(d->route = route_open(&routes, why, sizeof why)))
 		return fail(FAILED, why);
 	(void)pools_follow(d, d->plan);
-	if ((status = open_sessions(d, seed)))
-		return status;
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		if ((status = open_worker(d, w, seed)))
 			return status;
-	if ((status = open_control(d, ops)))
+	if ((status = open_control(d)))
 		return status;
 	for (uint32_t i = 0; i < d->ports.n; i++)
 		if (d->ports.port[i].up)

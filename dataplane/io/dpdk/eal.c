@@ -158,6 +158,23 @@ static void lcores(struct arguments *a, uint32_t n_workers)
 	argument(a, "--lcores=%s", text);
 }
 
+/* The defaults of net_af_packet suit a demonstration: 512 frames, which a sleeping worker loses at once. */
+static void vdev(struct arguments *a, const struct nat_interface_config *c, uint32_t n_workers)
+{
+	char more[96] = "";
+	size_t used = 0;
+
+	if (!strncmp(c->device, "net_af_packet", strlen("net_af_packet"))) {
+		if (!strstr(c->device, "frame") && !strstr(c->device, "blocksz"))
+			used = (size_t)snprintf(more, sizeof more, ",blocksz=65536,framesz=%u,framecnt=%u",
+						c->mtu_bytes > 1900 ? 16384 : 2048,
+						c->mtu_bytes > 1900 ? 1024 : 4096);
+		if (!strstr(c->device, "qpairs"))
+			snprintf(more + used, sizeof more - used, ",qpairs=%u", n_workers);
+	}
+	argument(a, "--vdev=%s%s", c->device, more);
+}
+
 int eal_start(const struct nat_config *config, const struct eal_options *options, char *why, size_t why_bytes)
 {
 	struct arguments *a = calloc(1, sizeof *a);
@@ -178,7 +195,10 @@ int eal_start(const struct nat_config *config, const struct eal_options *options
 		if (c->path != NAT_PATH_DPDK)
 			continue;
 		n_pci += eal_is_pci(c->device);
-		argument(a, "%s%s", eal_is_pci(c->device) ? "--allow=" : "--vdev=", c->device);
+		if (eal_is_pci(c->device))
+			argument(a, "--allow=%s", c->device);
+		else
+			vdev(a, c, options->n_workers);
 	}
 	if (!n_pci)
 		argument(a, "--no-pci");

@@ -16,7 +16,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-_Bool guard_needed(const char *device, char *kernel_interface, size_t bytes)
+/* The kernel interface behind this vdev string; false when it has none or takes its packets away by itself.
+ */
+static bool guard_needed(const char *device, char *kernel_interface, size_t bytes)
 {
 	static const char *const copies[] = {"net_af_packet", "eth_af_packet", "net_pcap", "eth_pcap"};
 	const char *at = NULL;
@@ -25,10 +27,10 @@ _Bool guard_needed(const char *device, char *kernel_interface, size_t bytes)
 		if (!strncmp(device, copies[i], strlen(copies[i])))
 			at = strstr(device, "iface="); /* also rx_iface= */
 	if (!at)
-		return 0;
+		return false;
 	at += strlen("iface=");
 	snprintf(kernel_interface, bytes, "%.*s", (int)strcspn(at, ","), at);
-	return 1;
+	return true;
 }
 
 static int bring_up(const char *name)
@@ -49,7 +51,7 @@ static int bring_up(const char *name)
 	return status;
 }
 
-int guard_install(const char *name, char *why, size_t why_bytes)
+static int guard_install(const char *name, char *why, size_t why_bytes)
 {
 	struct nft_ctx *nft;
 	char rules[1024];
@@ -87,5 +89,17 @@ int guard_install(const char *name, char *why, size_t why_bytes)
 		snprintf(why, why_bytes, "interface %s cannot be brought up: %s", name, strerror(-status));
 		return -1;
 	}
+	return 0;
+}
+
+int guards_install(const struct nat_config *config, char *why, size_t why_bytes)
+{
+	char name[64];
+
+	for (uint32_t i = 0; i < config->n_interfaces; i++)
+		if (config->interfaces[i].path == NAT_PATH_DPDK &&
+		    guard_needed(config->interfaces[i].device, name, sizeof name) &&
+		    guard_install(name, why, why_bytes))
+			return -1;
 	return 0;
 }

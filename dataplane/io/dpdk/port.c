@@ -14,7 +14,6 @@
 #include <string.h>
 
 #include "eal.h"
-#include "guard.h"
 
 #define DESCRIPTORS  512u
 #define CACHE        128u
@@ -100,8 +99,8 @@ static int start_with(struct port *p, const struct rte_eth_dev_info *info, struc
 		return status;
 	/* Some drivers take the setting and cannot do it (uio has one interrupt for everything). */
 	for (uint16_t q = 0; q < p->n_queues; q++)
-		if (rte_eth_dev_rx_intr_ctl_q_get_fd(p->id, q) < 0 || rte_eth_dev_rx_intr_enable(p->id, q) ||
-		    rte_eth_dev_rx_intr_disable(p->id, q)) {
+		if (rte_eth_dev_rx_intr_enable(p->id, q) || rte_eth_dev_rx_intr_disable(p->id, q) ||
+		    rte_eth_dev_rx_intr_ctl_q_get_fd(p->id, q) < 0) {
 			rte_eth_dev_stop(p->id);
 			return -ENOTSUP;
 		}
@@ -124,7 +123,7 @@ static int port_open(struct port *p, const struct nat_interface_config *c, uint3
 		     struct rte_mempool *pool, char *why, size_t why_bytes)
 {
 	struct rte_eth_dev_info info;
-	char name[128], kernel_interface[64];
+	char name[128];
 	int status;
 
 	p->name = c->name;
@@ -156,9 +155,6 @@ static int port_open(struct port *p, const struct nat_interface_config *c, uint3
 	(void)rte_eth_dev_set_mtu(p->id,
 				  p->mtu_bytes); /* vdevs that have no such call take frames as they come */
 	(void)rte_eth_allmulticast_enable(p->id);
-	if (guard_needed(c->device, kernel_interface, sizeof kernel_interface) &&
-	    guard_install(kernel_interface, why, why_bytes))
-		return -1;
 	(void)port_poll_link(p);
 	return 0;
 }
