@@ -13,10 +13,13 @@
  *packets that it now drops stand in "dropped". A line that cannot be read is answered with {"error":"..."}
  *and changes nothing. Time never runs backwards: an earlier t_ns is such an error.
  */
+#include <errno.h>
 #include <jansson.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "replay.h"
 
@@ -282,29 +285,102 @@ static json_t *answer_text(struct bench *bench, const char *text, size_t length)
 	return answer;
 }
 
-int lines_run(struct bench *bench, FILE *in, FILE *out)
+/* ---- standard input, and the control socket beside it ---- */
+
+struct reader {
+	int fd;
+	struct socket_server *server; /* NULL: none */
+	char *text;
+	size_t used, room;
+	bool skips; /* the rest of a line that was too long */
+};
+
+/* Waits for input, and serves the control socket meanwhile. */
+static bool wait_input(const struct reader *r)
 {
-	char *text = NULL;
-	size_t room = 0;
+	struct pollfd fds[2] = {{.fd = r->fd, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
+
+	if (!r->server)
+		return true;
+	fds[1].fd = socket_fd(r->server);
+	for (;;) {
+		if (poll(fds, 2, -1) < 0 && errno != EINTR)
+			return false;
+		if (fds[1].revents)
+			socket_serve(r->server);
+		if (fds[0].revents)
+			return true;
+	}
+}
+
+/* More input behind r->used; false at the end. */
+static bool fill(struct reader *r)
+{
 	ssize_t got;
 
-	while ((got = getline(&text, &room, in)) >= 0) {
-		size_t length = (size_t)got;
-		json_t *answer;
+	if (r->room - r->used < 65536) {
+		char *larger = realloc(r->text, r->room + 65536);
 
-		if (length && text[length - 1] == '\n')
-			length--;
-		answer = length <= LINE_BYTES_MAX
-				 ? answer_text(bench, text, length)
-				 : error_json("the line is longer than %u bytes", LINE_BYTES_MAX);
-		if (json_dumpf(answer, out, JSON_COMPACT) || fputc('\n', out) == EOF || fflush(out)) {
-			fputs("dsnat-replay: an answer could not be written; is the reader gone?\n", stderr);
-			json_decref(answer);
-			free(text);
-			return 1;
-		}
-		json_decref(answer);
+		if (!larger)
+			abort();
+		r->text = larger;
+		r->room += 65536;
 	}
-	free(text);
-	return 0;
+	do
+		got = wait_input(r) ? read(r->fd, r->text + r->used, r->room - r->used) : 0;
+	while (got < 0 && errno == EINTR);
+	if (got <= 0)
+		return false;
+	r->used += (size_t)got;
+	return true;
+}
+
+static bool write_answer(json_t *answer, FILE *out)
+{
+	bool good = json_dumpf(answer, out, JSON_COMPACT) == 0 && fputc('\n', out) != EOF && fflush(out) == 0;
+
+	json_decref(answer);
+	if (!good)
+		fputs("dsnat-replay: an answer could not be written; is the reader gone?\n", stderr);
+	return good;
+}
+
+/* Answers the whole lines in the buffer. At the end of input a line without newline is one too. */
+static bool answer_all(struct bench *bench, struct reader *r, bool last, FILE *out)
+{
+	size_t start = 0;
+	bool good = true;
+
+	while (good && start < r->used) {
+		char *end = memchr(r->text + start, '\n', r->used - start);
+		size_t length = end ? (size_t)(end - r->text) - start : r->used - start;
+
+		if (!end && !last && length <= LINE_BYTES_MAX)
+			break;
+		if (r->skips)
+			r->skips = false;
+		else if (length > LINE_BYTES_MAX)
+			good = write_answer(error_json("the line is longer than %u bytes", LINE_BYTES_MAX),
+					    out);
+		else
+			good = write_answer(answer_text(bench, r->text + start, length), out);
+		r->skips |= !end;
+		start += length + (end ? 1 : 0);
+	}
+	memmove(r->text, r->text + start, r->used - start);
+	r->used -= start;
+	return good;
+}
+
+int lines_run(struct bench *bench, struct socket_server *server, FILE *out)
+{
+	struct reader r = {.fd = STDIN_FILENO, .server = server};
+	bool good = true;
+
+	while (good && fill(&r))
+		good = answer_all(bench, &r, false, out);
+	if (good && r.used)
+		good = answer_all(bench, &r, true, out);
+	free(r.text);
+	return good ? 0 : 1;
 }

@@ -37,6 +37,7 @@ static const char usage[] =
 	"  --workers N           engines, 1 to 64; packets go to them by address, as a NIC would do (default "
 	"1)\n"
 	"  --stdio               answer each line of standard input with one line\n"
+	"  --socket PATH         also answer on a control socket, for dsnatctl\n"
 	"  --read IFACE=FILE     packets that come in on an interface; captures are merged by time\n"
 	"  --write IFACE=FILE    packets that leave by it (raw IP, nanoseconds)\n"
 	"  --route PREFIX=WHERE  WHERE is an interface, \"none\" or \"prohibit\"; the longest prefix wins\n"
@@ -49,6 +50,7 @@ enum {
 	OPT_SEED,
 	OPT_WORKERS,
 	OPT_STDIO,
+	OPT_SOCKET,
 	OPT_READ,
 	OPT_WRITE,
 	OPT_ROUTE,
@@ -63,6 +65,7 @@ static const struct option options[] = {
 	{"seed", required_argument, NULL, OPT_SEED},
 	{"workers", required_argument, NULL, OPT_WORKERS},
 	{"stdio", no_argument, NULL, OPT_STDIO},
+	{"socket", required_argument, NULL, OPT_SOCKET},
 	{"read", required_argument, NULL, OPT_READ},
 	{"write", required_argument, NULL, OPT_WRITE},
 	{"route", required_argument, NULL, OPT_ROUTE},
@@ -79,6 +82,7 @@ struct arguments {
 	uint64_t seed;
 	uint32_t workers;
 	bool stdio;
+	const char *socket;
 	const char **read, **write, **route, **address; /* argc long each */
 	int n_read, n_write, n_route, n_address;
 };
@@ -133,6 +137,9 @@ static int parse(int argc, char **argv, struct arguments *a)
 		case OPT_STDIO:
 			a->stdio = true;
 			break;
+		case OPT_SOCKET:
+			a->socket = optarg;
+			break;
 		case OPT_READ:
 			a->read[a->n_read++] = optarg;
 			break;
@@ -165,7 +172,28 @@ static int parse(int argc, char **argv, struct arguments *a)
 		return fail_usage("give either --stdio or --read", NULL);
 	if (a->stdio && a->n_write)
 		return fail_usage("--write goes with --read; --stdio answers with the packets", NULL);
+	if (!a->stdio && a->socket)
+		return fail_usage("--socket goes with --stdio", NULL);
 	return -1;
+}
+
+static int run_lines(const struct arguments *a, struct bench *bench)
+{
+	struct socket_server *server = NULL;
+	char why[256];
+	int status;
+
+	if (a->socket) {
+		server = socket_open(a->socket, bench_ops(bench), why, sizeof(why));
+		if (!server) {
+			fprintf(stderr, "dsnat-replay: %s\n", why);
+			return 1;
+		}
+	}
+	status = lines_run(bench, server, stdout);
+	if (server)
+		socket_close(server);
+	return status;
 }
 
 static int run(const struct arguments *a, struct config *config)
@@ -190,7 +218,7 @@ static int run(const struct arguments *a, struct config *config)
 			status = fail_usage("--address takes IFACE=ADDRESS", a->address[i]);
 	if (!status) {
 		bench_follow_addresses(bench);
-		status = a->stdio ? lines_run(bench, stdin, stdout)
+		status = a->stdio ? run_lines(a, bench)
 				  : capture_run(bench, a->read, a->n_read, a->write, a->n_write, stdout);
 	}
 	bench_close(bench);

@@ -7,6 +7,7 @@
 #include "../../core/nat.h"
 #include "../../ctl/config.h"
 #include "../../ctl/request.h"
+#include "../../ctl/socket.h"
 
 #define REPLAY_PACKET_MAX 65535u /* an IPv4 packet cannot be longer */
 
@@ -84,7 +85,8 @@ void bench_bypass(struct bench *bench);
 
 /* ---- lines.c, capture.c: the two forms of input; both give the exit status ---- */
 
-int lines_run(struct bench *bench, FILE *in, FILE *out);
+/* Standard input; `server` (may be NULL) is answered between lines. */
+int lines_run(struct bench *bench, struct socket_server *server, FILE *out);
 int capture_run(struct bench *bench, const char *const *read, int n_read, const char *const *write,
 		int n_write, FILE *summary);
 
