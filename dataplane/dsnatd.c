@@ -36,6 +36,7 @@
 #include <rte_version.h>
 
 #include "ctl/config.h"
+#include "ctl/facts.h"
 #include "ctl/route.h"
 #include "ctl/socket.h"
 #include "io/announce.h"
@@ -65,6 +66,7 @@ enum status {
 static const char usage[] =
 	"usage: dsnatd [--config FILE] [--socket PATH] [--sessions PATH] [--no-huge]\n"
 	"       dsnatd --check FILE\n"
+	"       dsnatd --facts FILE\n"
 	"       dsnatd --version [--json]\n"
 	"\n"
 	"  --config FILE    the configuration (default " DEFAULT_CONFIG ")\n"
@@ -75,6 +77,7 @@ static const char usage[] =
 	"  --no-huge        plain pages, also where there are hugepages (or DSNATD_NO_HUGE=1 in the "
 	"environment)\n"
 	"  --check FILE     judge a configuration, and end\n"
+	"  --facts FILE     print what it says in lines of words, for scripts, and end\n"
 	"  --version        print the version, and end; with --json for programs\n"
 	"\n"
 	"SIGHUP reloads the configuration, SIGTERM stops.\n"
@@ -739,7 +742,7 @@ static enum status serve(struct daemon *d)
 
 /* ---- command line ---- */
 
-static enum status check(const char *path)
+static enum status check(const char *path, bool facts)
 {
 	struct config *config = config_load(path, 0);
 	enum status status;
@@ -748,6 +751,8 @@ static enum status check(const char *path)
 		return fail(NO_MEMORY, "no memory to read the configuration");
 	config_print(config, stderr);
 	status = config->n_errors ? INVALID : STOPPED;
+	if (facts && status == STOPPED)
+		facts_print(config, stdout);
 	config_free(config);
 	return status;
 }
@@ -763,13 +768,14 @@ static void version(bool json)
 
 int main(int argc, char **argv)
 {
-	enum { CONFIG = 1, SOCKET, SESSIONS, NO_HUGE, CHECK, VERSION, JSON, HELP };
+	enum { CONFIG = 1, SOCKET, SESSIONS, NO_HUGE, CHECK, FACTS, VERSION, JSON, HELP };
 	static const struct option known[] = {
 		{"config", required_argument, NULL, CONFIG},
 		{"socket", required_argument, NULL, SOCKET},
 		{"sessions", required_argument, NULL, SESSIONS},
 		{"no-huge", no_argument, NULL, NO_HUGE},
 		{"check", required_argument, NULL, CHECK},
+		{"facts", required_argument, NULL, FACTS},
 		{"version", no_argument, NULL, VERSION},
 		{"json", no_argument, NULL, JSON},
 		{"help", no_argument, NULL, HELP},
@@ -779,7 +785,7 @@ int main(int argc, char **argv)
 				       .socket = DEFAULT_SOCKET,
 				       .no_huge = getenv("DSNATD_NO_HUGE") != NULL}};
 	const char *to_check = NULL;
-	bool want_version = false, json = false;
+	bool want_version = false, json = false, facts = false;
 	int option;
 	struct config *config;
 
@@ -798,7 +804,9 @@ int main(int argc, char **argv)
 			d.options.no_huge = true;
 			break;
 		case CHECK:
+		case FACTS:
 			to_check = optarg;
+			facts = option == FACTS;
 			break;
 		case VERSION:
 			want_version = true;
@@ -822,7 +830,7 @@ int main(int argc, char **argv)
 		return STOPPED;
 	}
 	if (to_check)
-		return check(to_check);
+		return check(to_check, facts);
 	config = config_load(d.options.config, 0);
 	if (!config)
 		return fail(NO_MEMORY, "no memory to read the configuration");
