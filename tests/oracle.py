@@ -92,6 +92,7 @@ class Oracle:
         self.by_inside: dict[Inside, Session] = {}
         self.by_outside: dict[Outside, Session] = {}
         self.cursor = 0
+        self.refused = 0
 
     def check(self, now_ns: int, interface: str, raw: bytes, answer: Answer) -> None:
         packet, now_s = read(raw), now_ns / SECOND_NS
@@ -175,6 +176,7 @@ class Oracle:
         else:
             if answer.verdict == "drop":
                 self._dropped(answer, "no_port")
+                self.refused += 1
                 self.cursor = (self.cursor + 1) % count
                 return
         if answer.verdict != "forward":

@@ -186,9 +186,15 @@ def make_site(lab: Lab) -> Site:
 
 
 def drops(ask: Ask) -> dict[str, int]:
-    """The engine's drops by reason."""
-    answer = json.loads(ask("dsnatctl", "show", "counters", "--json"))
-    return {str(name): int(count) for name, count in answer["dropped"].items()}
+    """Everything that the gateway admits to have lost, by name: the engine's reasons, and its ports' own."""
+    counters = json.loads(ask("dsnatctl", "show", "counters", "--json"))
+    ports = json.loads(ask("dsnatctl", "show", "ports", "--json"))
+    lost = {str(name): int(count) for name, count in counters["dropped"].items()}
+    for port in ports["ports"]:
+        lost |= {
+            f"{port['name']} {name}": int(port[name]) for name in ("rx_missed", "rx_errors", "tx_errors")
+        }
+    return lost
 
 
 def provision(site_file: Path, stages: Stages) -> None:
