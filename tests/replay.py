@@ -62,10 +62,12 @@ def outside(answer: Answer) -> str:
 
 
 class Bench(AbstractContextManager["Bench"]):
-    def __init__(self, program: Path, config: Path, *, seed: int, log: Path) -> None:
+    def __init__(
+        self, program: Path, config: Path, *, seed: int, log: Path, options: Sequence[str] = ()
+    ) -> None:
         self.now_ns = SECOND_NS
         self.log = log
-        argv = [str(program), "--stdio", "--config", str(config), "--seed", str(seed)]
+        argv = [str(program), "--stdio", "--config", str(config), "--seed", str(seed), *options]
         self._errors = log.open("wb")
         self._process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True

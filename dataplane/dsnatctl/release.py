@@ -1,9 +1,9 @@
 """Takes away what the engine leaves in the kernel on purpose.
 
 When the engine stops or dies, three things stay, so that nothing leaves the gateway untranslated and VRRP
-does not move: the fail-closed rules, the rules that drop the kernel's own copy of a port's packets, and the twins.
-That is right for a gateway, and wrong for a machine that is to become something else. Only this verb removes
-them, and only when no engine runs.
+does not move: the fail-closed rules, the rules that drop the kernel's own copy of a port's packets, and the
+twins. That is right for a gateway, and wrong for a machine that is to become something else. Only this verb
+removes them, and only when no engine runs.
 
     nft tables    inet dsnat_failclosed, netdev dsnat-*
     interfaces    TAP devices with the name of a DPDK interface of the configuration (the twins), TUN dsnat0
