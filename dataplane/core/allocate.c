@@ -27,7 +27,7 @@ static uint32_t starting_offset(struct nat_engine *e, const struct nat_pkt *pkt,
 	}
 	uint32_t paired = nat_policy_address(e->policy, nat_host_paired(e, pkt->tuple.local_be));
 	if (paired != UINT32_MAX && &e->policy->pool[e->policy->address[paired].pool] == pool &&
-	    !e->policy->address[paired].draining)
+	    !e->policy->address[paired].draining && !e->policy->address[paired].reserved)
 		return paired - pool->first_address;
 	return nat_scale32((uint32_t)(nat_hash64(&e->index.key, pkt->tuple.local_be, 2) >> 32),
 			   pool->n_addresses);
@@ -42,7 +42,7 @@ static bool choose(struct nat_engine *e, const struct nat_pkt *pkt, const struct
 	for (uint32_t tried = 0; tried < pool->n_addresses; tried++) {
 		const uint32_t number = pool->first_address + offset;
 		offset = offset + 1 == pool->n_addresses ? 0 : offset + 1;
-		if (e->policy->address[number].draining)
+		if (e->policy->address[number].draining || e->policy->address[number].reserved)
 			continue;
 		struct nat_tuple outside = pkt->tuple;
 		outside.side = 1;
@@ -81,6 +81,10 @@ static void refuse(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason re
 {
 	if (pkt->zone != NAT_NO_ZONE)
 		e->notes->zone[pkt->zone].refused++;
+	if (nat_is_inbound(pkt)) {
+		nat_drop(pkt, reason); /* whoever knocks from outside is told nothing */
+		return;
+	}
 	if (e->policy->refusal == NAT_REFUSAL_ICMP_ADMIN)
 		nat_icmp_make(e, pkt, NAT_ICMP_UNREACHABLE, 13, 0); /* RFC 5508 REQ-8 */
 	else if (e->policy->refusal == NAT_REFUSAL_ICMP_HOST)
@@ -177,6 +181,39 @@ static void begin_under_mapping(struct nat_engine *e, struct nat_pkt *pkt, const
 		nat_session_end(e, mapping);
 }
 
+/* A session over a static mapping, begun from either side. */
+static void begin_static(struct nat_engine *e, struct nat_pkt *pkt, const struct nat_static *mapping)
+{
+	const bool inbound = nat_is_inbound(pkt), one_to_one = mapping->outside_port_be == 0;
+	const uint32_t address = nat_policy_address(e->policy, mapping->outside_be);
+	struct nat_session want = {
+		.inside = pkt->tuple,
+		.out_addr_be = mapping->outside_be,
+		.out_port_be = one_to_one ? pkt->tuple.local_port_be : mapping->outside_port_be,
+		.zone_id = pkt->zone == NAT_NO_ZONE ? NAT_NO_ID : e->policy->zone[pkt->zone].id,
+		.pool_id = e->policy->pool[e->policy->address[address].pool].id,
+		.flags = NAT_RECORD_STATIC,
+		.timer = (uint8_t)first_timer(e, pkt)};
+
+	want.inside.side = 0;
+	want.inside.local_be = mapping->inside_be;
+	if (inbound && !one_to_one)
+		want.inside.local_port_be = mapping->inside_port_be;
+	/* A session that was there before the mapping was configured goes on until it ends. */
+	const struct nat_tuple other = inbound ? want.inside : nat_session_outside(&want);
+	if (nat_session_find(e, &other, nat_tuple_hash(&e->index.key, &other)) != NAT_NO_RECORD) {
+		refuse(e, pkt, NAT_REASON_NO_PORT);
+		return;
+	}
+	pkt->session = store(e, pkt, &want);
+	if (pkt->session == NAT_NO_SESSION)
+		return;
+	e->notes->address[address].created++;
+	nat_host_add(e, mapping->inside_be, mapping->outside_be);
+	if (inbound)
+		nat_route(e, pkt, 1);
+}
+
 /* TCP in mid-flow without a session. Adopting is right where sessions were lost and the remote will sort out
  * the rest. */
 static bool adopts_midflow(struct nat_engine *e, struct nat_pkt *pkt)
@@ -205,6 +242,12 @@ static void begin_from_inside(struct nat_engine *e, struct nat_pkt *pkt)
 		refuse(e, pkt, reason);
 		return;
 	}
+	const struct nat_static *mapping = nat_policy_static(e->policy, 0, pkt->tuple.local_be,
+							     pkt->tuple.local_port_be, pkt->tuple.protocol);
+	if (mapping) {
+		begin_static(e, pkt, mapping);
+		return;
+	}
 	if (pool->mapping == NAT_ENDPOINT_INDEPENDENT) {
 		begin_under_mapping(e, pkt, zone, pool);
 	} else {
@@ -231,7 +274,17 @@ static void begin_from_outside(struct nat_engine *e, struct nat_pkt *pkt)
 	const uint32_t address = nat_policy_address(e->policy, pkt->tuple.local_be);
 	const struct nat_pool *pool = &e->policy->pool[e->policy->address[address].pool];
 	struct nat_tuple key = pkt->tuple;
+	const struct nat_static *by_configuration =
+		nat_policy_static(e->policy, 1, key.local_be, key.local_port_be, key.protocol);
 
+	if (by_configuration) {
+		if (key.protocol == NAT_PROTO_TCP &&
+		    (pkt->tcp_flags & (NAT_TCP_SYN | NAT_TCP_ACK | NAT_TCP_RST)) != NAT_TCP_SYN)
+			nat_drop(pkt, NAT_REASON_NO_SESSION);
+		else
+			begin_static(e, pkt, by_configuration);
+		return;
+	}
 	key.remote_be = 0;
 	key.remote_port_be = 0;
 	uint32_t mapping = pool->mapping == NAT_ENDPOINT_INDEPENDENT

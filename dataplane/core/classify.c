@@ -46,6 +46,12 @@ static void hash_and_fetch(struct nat_engine *e, struct nat_pkt *pkt)
 	NAT_PREFETCH(nat_index_bucket(&e->index, pkt->hash));
 }
 
+/* Only a host with an address of its own can be pinged, and so have something to answer. */
+static bool may_be_asked(const struct nat_policy *policy, const struct nat_pkt *pkt)
+{
+	return nat_policy_static(policy, 0, pkt->tuple.local_be, 0, 0) != NULL;
+}
+
 static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
 {
 	const struct nat_policy *policy = e->policy;
@@ -84,7 +90,8 @@ static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
 		nat_drop(pkt, NAT_REASON_PROTOCOL);
 		return;
 	}
-	if (has_own_ports(pkt) && pkt->tuple.protocol == NAT_PROTO_ICMP && !is_query(pkt, NAT_ICMP_ECHO)) {
+	if (has_own_ports(pkt) && pkt->tuple.protocol == NAT_PROTO_ICMP && !is_query(pkt, NAT_ICMP_ECHO) &&
+	    !(is_query(pkt, NAT_ICMP_ECHO_REPLY) && may_be_asked(policy, pkt))) {
 		nat_drop(pkt, NAT_REASON_ICMP_TYPE);
 		return;
 	}
@@ -124,10 +131,14 @@ static void classify_outside(struct nat_engine *e, struct nat_pkt *pkt)
 		return;
 	}
 	if (has_own_ports(pkt) && pkt->tuple.protocol == NAT_PROTO_ICMP &&
-	    !is_query(pkt, NAT_ICMP_ECHO_REPLY) &&
-	    !(is_query(pkt, NAT_ICMP_ECHO) && (pkt->stage_flags & NAT_STAGE_SECOND))) {
-		nat_drop(pkt, is_query(pkt, NAT_ICMP_ECHO) ? NAT_REASON_NO_SESSION : NAT_REASON_ICMP_TYPE);
-		return;
+	    !is_query(pkt, NAT_ICMP_ECHO_REPLY)) {
+		const bool may_ask =
+			(pkt->stage_flags & NAT_STAGE_SECOND) || policy->address[address].reserved;
+		if (!is_query(pkt, NAT_ICMP_ECHO) || !may_ask) {
+			nat_drop(pkt,
+				 is_query(pkt, NAT_ICMP_ECHO) ? NAT_REASON_NO_SESSION : NAT_REASON_ICMP_TYPE);
+			return;
+		}
 	}
 	if (pkt->stage_flags & NAT_STAGE_ICMP_ERROR)
 		nat_icmp_parse_error(pkt);

@@ -233,6 +233,7 @@ void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy)
 	e->policy = policy;
 	e->notes = &policy->notes[e->worker];
 	set_timeouts(e);
+	nat_portsets_forget(e); /* other ports may be forwarded now */
 }
 
 /* ---- counters and views
@@ -364,7 +365,8 @@ bool nat_engine_address(const struct nat_engine *e, uint32_t i, struct nat_addre
 					  .sessions = e->notes->address[i].sessions,
 					  .created = e->notes->address[i].created,
 					  .refused = e->notes->address[i].refused,
-					  .draining = e->policy->address[i].draining};
+					  .draining = e->policy->address[i].draining,
+					  .reserved = e->policy->address[i].reserved};
 	return true;
 }
 

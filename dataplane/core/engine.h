@@ -15,14 +15,15 @@
 #include "session.h"
 #include "wire.h"
 
-enum {                            /* nat_pkt.stage_flags */
-       NAT_STAGE_INBOUND = 0x01,  /* from outside: towards a pool address */
-       NAT_STAGE_FRAGMENT = 0x02, /* a fragment, first or not */
-       NAT_STAGE_LATER = 0x04,    /* a fragment without the transport header */
-       NAT_STAGE_ICMP_ERROR =
-	       0x08, /* tuple is that of the quoted packet, seen from the sender of the error's side */
-       NAT_STAGE_HAIRPIN = 0x10, /* from inside to a pool address: goes through the engine a second time */
-       NAT_STAGE_SECOND = 0x20,  /* is on that second time: TTL is paid already */
+/* nat_pkt.stage_flags */
+enum {
+	NAT_STAGE_INBOUND = 0x01,  /* from outside: towards a pool address */
+	NAT_STAGE_FRAGMENT = 0x02, /* a fragment, first or not */
+	NAT_STAGE_LATER = 0x04,    /* a fragment without the transport header */
+	NAT_STAGE_ICMP_ERROR =
+		0x08, /* tuple is that of the quoted packet, seen from the sender of the error's side */
+	NAT_STAGE_HAIRPIN = 0x10, /* from inside to a pool address: goes through the engine a second time */
+	NAT_STAGE_SECOND = 0x20,  /* is on that second time: TTL is paid already */
 };
 
 /* The timer wheel: one slot per second, several chains per slot so that their records can be fetched

@@ -82,6 +82,15 @@ struct nat_zone_config {
 	uint16_t mss_clamp_bytes; /* 0: off */
 };
 
+/* A mapping by configuration: it never expires, and anybody may use it from outside. `outside` is an address
+ * of a pool. With port 0 (one to one) the address is the host's alone, ports and ICMP identifiers stay as
+ * they are; else one port is forwarded. */
+struct nat_static_config { /* host order */
+	uint32_t inside, outside;
+	uint16_t inside_port, outside_port;
+	uint8_t protocol; /* IPPROTO_TCP or IPPROTO_UDP; 0 with port 0 */
+};
+
 struct nat_timeouts { /* seconds */
 	uint32_t tcp_established_s, tcp_opening_s, tcp_closing_s, udp_s, udp_one_way_s, dns_s, icmp_s, hold_s;
 };
@@ -101,6 +110,8 @@ struct nat_config {
 	uint32_t n_pools;
 	const struct nat_zone_config *zones;
 	uint32_t n_zones;
+	const struct nat_static_config *statics;
+	uint32_t n_statics;
 	struct nat_limits limits;
 	struct nat_timeouts timeouts;
 	enum nat_midflow tcp_midflow;
@@ -329,6 +340,7 @@ struct nat_address_view {
 	uint64_t created;  /* since the policy first had the address */
 	uint64_t refused;  /* times the address had no free port for the remote that was asked */
 	bool draining;
+	bool reserved; /* by a one-to-one static mapping */
 };
 /* The i-th address over all pools of the current policy, in configuration order; false past the end. */
 bool nat_engine_address(const struct nat_engine *e, uint32_t i, struct nat_address_view *view);

@@ -147,6 +147,10 @@ static void carve_policy(struct carver *c, const struct nat_config *config, stru
 	p->candidate = carve(c, count_candidates(config) * sizeof(*p->candidate));
 	p->address_slots = slots_for((uint32_t)n_addresses);
 	p->address_slot = carve(c, p->address_slots * sizeof(*p->address_slot));
+	p->static_slots = slots_for(config->n_statics);
+	p->statics = carve(c, config->n_statics * sizeof(*p->statics));
+	for (unsigned side = 0; side < 2; side++)
+		p->static_slot[side] = carve(c, p->static_slots * sizeof(*p->static_slot[side]));
 	for (uint32_t w = 0; w < workers_of(config); w++) {
 		p->notes[w].address = carve(c, n_addresses * sizeof(*p->notes[w].address));
 		p->notes[w].zone = carve(c, n_zones * sizeof(*p->notes[w].zone));
@@ -172,7 +176,7 @@ static bool in_ranges(const struct nat_range *ranges, uint32_t n, uint32_t addre
 static void add_address(struct nat_policy *p, uint32_t pool, uint32_t address, bool draining)
 {
 	const uint32_t number = p->n_addresses++, mask = p->address_slots - 1;
-	p->address[number] = (struct nat_address){NAT_HTON32(address), pool, draining};
+	p->address[number] = (struct nat_address){NAT_HTON32(address), pool, draining, false};
 	uint32_t at =
 		(uint32_t)nat_multiply_fold(NAT_HTON32(address) ^ p->address_key.k0, p->address_key.k1) &
 		mask;
@@ -236,6 +240,62 @@ static void build_zones(struct nat_policy *p, const struct nat_config *config)
 	p->interval_of[256] = p->n_intervals - 1;
 }
 
+/* ---- static mappings ---- */
+
+static uint32_t static_home(const struct nat_policy *p, uint32_t address_be, uint16_t port_be,
+			    uint8_t protocol)
+{
+	const uint64_t key = (uint64_t)address_be << 32 | (uint64_t)port_be << 8 | protocol;
+	return (uint32_t)nat_multiply_fold(key ^ p->address_key.k0, p->address_key.k1) &
+	       (p->static_slots - 1);
+}
+
+static void build_statics(struct nat_policy *p, const struct nat_config *config)
+{
+	for (uint32_t i = 0; i < config->n_statics; i++) {
+		const struct nat_static_config *from = &config->statics[i];
+		struct nat_static *to = &p->statics[p->n_statics++];
+		*to = (struct nat_static){NAT_HTON32(from->inside), NAT_HTON32(from->outside),
+					  NAT_HTON16(from->inside_port), NAT_HTON16(from->outside_port),
+					  from->protocol};
+		uint32_t at[2] = {static_home(p, to->inside_be, to->inside_port_be, to->protocol),
+				  static_home(p, to->outside_be, to->outside_port_be, to->protocol)};
+		for (unsigned side = 0; side < 2; side++) {
+			while (p->static_slot[side][at[side]] != 0)
+				at[side] = (at[side] + 1) & (p->static_slots - 1);
+			p->static_slot[side][at[side]] = i + 1;
+		}
+		const uint32_t number = nat_policy_address(p, to->outside_be);
+		if (to->outside_port_be != 0 || number == UINT32_MAX || p->address[number].reserved)
+			continue;
+		p->address[number].reserved = true;
+		p->pool[p->address[number].pool].n_in_service -= !p->address[number].draining;
+	}
+}
+
+static const struct nat_static *find_static(const struct nat_policy *p, unsigned side, uint32_t address_be,
+					    uint16_t port_be, uint8_t protocol)
+{
+	const uint32_t mask = p->static_slots - 1;
+	for (uint32_t at = static_home(p, address_be, port_be, protocol); p->static_slot[side][at] != 0;
+	     at = (at + 1) & mask) {
+		const struct nat_static *s = &p->statics[p->static_slot[side][at] - 1];
+		if ((side ? s->outside_be : s->inside_be) == address_be &&
+		    (side ? s->outside_port_be : s->inside_port_be) == port_be && s->protocol == protocol)
+			return s;
+	}
+	return NULL;
+}
+
+const struct nat_static *nat_policy_static(const struct nat_policy *p, unsigned side, uint32_t address_be,
+					   uint16_t port_be, uint8_t protocol)
+{
+	if (NAT_LIKELY(p->n_statics == 0))
+		return NULL;
+	const struct nat_static *exact = find_static(p, side, address_be, port_be, protocol);
+	return exact ? exact : find_static(p, side, address_be, 0, 0);
+}
+
 struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 				   const struct nat_policy *previous)
 {
@@ -258,6 +318,7 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 	for (uint32_t i = 0; i < config->n_pools; i++)
 		build_pool(p, i, &config->pools[i]);
 	build_zones(p, config);
+	build_statics(p, config);
 	for (uint32_t i = 0; previous && i < p->n_pools; i++)
 		for (uint32_t k = 0; k < previous->n_pools; k++)
 			if (strcmp(p->pool[i].name, previous->pool[k].name) == 0 &&

@@ -19,12 +19,19 @@ struct nat_address {
 	uint32_t address_be;
 	uint32_t pool;
 	bool draining;
+	bool reserved; /* one to one: no port of it is given out */
+};
+
+struct nat_static { /* struct nat_static_config in network order */
+	uint32_t inside_be, outside_be;
+	uint16_t inside_port_be, outside_port_be;
+	uint8_t protocol;
 };
 
 struct nat_pool {
 	char name[NAT_NAME_MAX];
 	uint32_t first_address, n_addresses; /* span in nat_policy.address, in the file's order */
-	uint32_t n_in_service;               /* not draining */
+	uint32_t n_in_service;               /* neither draining nor reserved */
 	uint16_t port_first, port_last;
 	uint16_t id; /* stable, from the table's header */
 	uint8_t mapping, filtering, select, announce;
@@ -71,6 +78,9 @@ struct nat_policy {
 	uint32_t *address_slot;    /* open addressing, address number + 1, 0 is empty */
 	uint32_t address_slots;    /* a power of two */
 	struct nat_key address_key;
+	struct nat_static *statics;
+	uint32_t *static_slot[2]; /* open addressing by inside and by outside, number + 1 */
+	uint32_t n_statics, static_slots;
 	struct nat_worker_notes notes[NAT_WORKERS_MAX];
 	struct nat_timeouts timeouts;
 	struct nat_limits limits;
@@ -100,6 +110,11 @@ static inline uint32_t nat_policy_address(const struct nat_policy *policy, uint3
 			return number - 1;
 	}
 }
+
+/* The static mapping of this inside (side 0) or outside (side 1) address, port and protocol; NULL if there is
+ * none. */
+const struct nat_static *nat_policy_static(const struct nat_policy *policy, unsigned side,
+					   uint32_t address_be, uint16_t port_be, uint8_t protocol);
 
 /* Takes one worker's notes over from the policy that was in force: for that worker's own thread, between
  * bursts. */

@@ -149,6 +149,12 @@ static uint64_t ports_in_range(const struct nat_portset *set, uint32_t word)
 	return inside;
 }
 
+/* A port that the configuration forwards is nobody else's. */
+static bool is_forwarded(const struct nat_engine *e, const struct nat_tuple *outside, uint16_t port_be)
+{
+	return nat_policy_static(e->policy, 1, outside->local_be, port_be, outside->protocol) != NULL;
+}
+
 /* Looks up the word's 64 ports. The hashes come first, so that the look-ups wait for memory together. */
 static void learn_word(struct nat_engine *e, struct nat_portset *set, uint32_t word,
 		       const struct nat_tuple *outside)
@@ -162,8 +168,11 @@ static void learn_word(struct nat_engine *e, struct nat_portset *set, uint32_t w
 		NAT_PREFETCH(nat_index_bucket(&e->index, hash[bit]));
 	}
 	uint64_t taken = ~in_range;
+	for (uint32_t bit = 0; bit < 64 && e->policy->n_statics != 0; bit++)
+		if (is_forwarded(e, outside, NAT_HTON16(word * 64 + bit)))
+			taken |= UINT64_C(1) << bit;
 	for (uint32_t bit = 0; bit < 64; bit++) {
-		if (!(in_range >> bit & 1))
+		if (taken >> bit & 1)
 			continue;
 		tuple.local_port_be = NAT_HTON16(word * 64 + bit);
 		uint32_t record = nat_session_find(e, &tuple, hash[bit]);
@@ -244,6 +253,8 @@ static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, uint16_t f
 				continue;
 		}
 		outside->local_port_be = NAT_HTON16(port);
+		if (is_forwarded(e, outside, outside->local_port_be))
+			continue;
 		if (nat_session_find(e, outside, nat_tuple_hash(&e->index.key, outside)) == NAT_NO_RECORD)
 			return outside->local_port_be;
 	}

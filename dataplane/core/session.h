@@ -28,37 +28,45 @@
 #include "nat.h"
 #include "platform.h"
 
-enum nat_timer { /* which time-out rules a record */
-		 NAT_TIMER_FREE,
-		 NAT_TIMER_TCP_OPENING,
-		 NAT_TIMER_TCP_ESTABLISHED,
-		 NAT_TIMER_TCP_CLOSING,
-		 NAT_TIMER_UDP,
-		 NAT_TIMER_UDP_ONE_WAY,
-		 NAT_TIMER_DNS,
-		 NAT_TIMER_ICMP,
-		 NAT_TIMER_HOLD,
-		 NAT_TIMER_COUNT
+/* which time-out rules a record */
+enum nat_timer {
+	NAT_TIMER_FREE,
+	NAT_TIMER_TCP_OPENING,
+	NAT_TIMER_TCP_ESTABLISHED,
+	NAT_TIMER_TCP_CLOSING,
+	NAT_TIMER_UDP,
+	NAT_TIMER_UDP_ONE_WAY,
+	NAT_TIMER_DNS,
+	NAT_TIMER_ICMP,
+	NAT_TIMER_HOLD,
+	NAT_TIMER_COUNT
 };
 
-enum {                            /* nat_session.flags */
-       NAT_RECORD_MAPPING = 0x01, /* endpoint-independent mapping, not a session */
-       NAT_RECORD_TRACKED = 0x02, /* a port set may know its port: tell it when the port is free */
-       NAT_RECORD_INBOUND =
-	       0x04, /* begun from outside, no packet from inside yet: does not keep its mapping alive */
-       NAT_RECORD_UNDER_MAPPING =
-	       0x08, /* session of an endpoint-independent pool: the port is its mapping's */
-       NAT_RECORD_PERMITS =
-	       0x20, /* session under a mapping with address-dependent filtering: see nat_session_permits() */
-       NAT_RECORD_HOLDS = 0x10, /* mapping: goes through NAT_TIMER_HOLD when its last session has ended */
+/* nat_session.flags */
+enum {
+	/* endpoint-independent mapping, not a session */
+	NAT_RECORD_MAPPING = 0x01,
+	/* a port set may know its port: tell it when the port is free */
+	NAT_RECORD_TRACKED = 0x02,
+	/* begun from outside, no packet from inside yet: does not keep its mapping alive */
+	NAT_RECORD_INBOUND = 0x04,
+	/* session of an endpoint-independent pool: the port is its mapping's */
+	NAT_RECORD_UNDER_MAPPING = 0x08,
+	/* mapping: goes through NAT_TIMER_HOLD when its last session has ended */
+	NAT_RECORD_HOLDS = 0x10,
+	/* session under a mapping with address-dependent filtering: see nat_session_permits() */
+	NAT_RECORD_PERMITS = 0x20,
+	/* session over a static mapping: it owns no port */
+	NAT_RECORD_STATIC = 0x40,
 };
 
-enum { /* nat_session.state, TCP only: what has been seen (RFC 6146 section 3.5.2 drawn as flags) */
-       NAT_TCP_SAW_SYN_OUT = 0x01,
-       NAT_TCP_SAW_SYN_IN = 0x02,
-       NAT_TCP_SAW_FIN_OUT = 0x04,
-       NAT_TCP_SAW_FIN_IN = 0x08,
-       NAT_TCP_SAW_RST = 0x10,
+/* nat_session.state, TCP only: what has been seen (RFC 6146 section 3.5.2 drawn as flags) */
+enum {
+	NAT_TCP_SAW_SYN_OUT = 0x01,
+	NAT_TCP_SAW_SYN_IN = 0x02,
+	NAT_TCP_SAW_FIN_OUT = 0x04,
+	NAT_TCP_SAW_FIN_IN = 0x08,
+	NAT_TCP_SAW_RST = 0x10,
 };
 
 struct nat_session {

@@ -20,6 +20,7 @@
 #define CONFIG_BYTES_MAX     (16u << 20)
 #define CONFIG_POOLS_MAX     4096u
 #define CONFIG_ZONES_MAX     65535u
+#define CONFIG_STATICS_MAX   4096u
 #define CONFIG_ADDRESSES_MAX (1u << 20) /* over all pools */
 #define CONFIG_SESSIONS_MAX  1000000000u
 #define CONFIG_PROBLEMS_MAX  200u /* the rest are counted only */

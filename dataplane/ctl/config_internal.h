@@ -30,6 +30,7 @@ struct places {
 	bool interfaces_good; /* none of them has an error of its own */
 	struct pool_places *pool;
 	const struct node **zone;
+	const struct node **statics; /* one per nat_config.statics */
 };
 
 /* Memory that lives as long as the configuration, zeroed. A failed small allocation aborts: a process in that

@@ -399,6 +399,57 @@ static void read_zones(struct config *config, const struct node *node, struct pl
 	config->nat.n_zones = n;
 }
 
+static bool read_static(struct config *config, const struct node *node, struct nat_static_config *out)
+{
+	enum { INSIDE, OUTSIDE, PROTOCOL, PORT, INSIDE_PORT };
+	static const struct key keys[] = {[INSIDE] = {"inside", true},
+					  [OUTSIDE] = {"outside", true},
+					  [PROTOCOL] = {"protocol", false},
+					  [PORT] = {"port", false},
+					  [INSIDE_PORT] = {"inside_port", false}};
+	static const char *const words[] = {"tcp", "udp"};
+	static const uint8_t protocols[] = {6, 17};
+	const struct node *value[COUNT(keys)];
+	unsigned word;
+
+	if (!config_fields(config, node, "the static mapping", keys, COUNT(keys), value))
+		return false;
+	if (config_read_word(config, value[PROTOCOL], "protocol", words, COUNT(words), &word))
+		out->protocol = protocols[word];
+	if (config_read_u16(config, value[PORT], "port", 1, 65535, &out->outside_port))
+		out->inside_port = out->outside_port;
+	config_read_u16(config, value[INSIDE_PORT], "inside_port", 1, 65535, &out->inside_port);
+	if (!value[PROTOCOL] != !value[PORT] || (value[INSIDE_PORT] && !value[PORT]))
+		config_error(config, node,
+			     "a static mapping gives \"protocol\" and \"port\" together (one port is "
+			     "forwarded) or "
+			     "neither (the whole address is the host's)");
+	return config_read_address(config, value[INSIDE], "inside", &out->inside) &
+	       config_read_address(config, value[OUTSIDE], "outside", &out->outside);
+}
+
+static void read_statics(struct config *config, const struct node *node, struct places *places)
+{
+	struct nat_static_config *list;
+	uint32_t n = 0;
+
+	if (!node || !config_as_list(config, node, "static"))
+		return;
+	if (node->n > CONFIG_STATICS_MAX) {
+		config_error(config, node, "%u static mappings; at most %u are possible", node->n,
+			     CONFIG_STATICS_MAX);
+		return;
+	}
+	list = config_take(config, node->n, sizeof(*list));
+	places->statics = config_take(config, node->n, sizeof(struct node *));
+	for (const struct node *element = node->first; element; element = element->next) {
+		places->statics[n] = element;
+		n += read_static(config, element, &list[n]);
+	}
+	config->nat.statics = list;
+	config->nat.n_statics = n;
+}
+
 static void read_limits(struct config *config, const struct node *node)
 {
 	enum { SESSIONS, NEW, ICMP_ERRORS, FRAGMENTS };
@@ -472,13 +523,13 @@ static void set_defaults(struct nat_config *nat, struct nat_pool_config *pool, b
 
 void config_keys(struct config *config, const struct node *root, struct places *places, unsigned flags)
 {
-	enum { PROFILE, ENGINE, INTERFACES, POOLS, ZONES, LIMITS, TIMEOUTS, MIDFLOW, REFUSAL };
+	enum { PROFILE, ENGINE, INTERFACES, POOLS, ZONES, STATIC, LIMITS, TIMEOUTS, MIDFLOW, REFUSAL };
 	static const struct key keys[] = {
 		[PROFILE] = {"profile", false},      [ENGINE] = {"engine", false},
 		[INTERFACES] = {"interfaces", true}, [POOLS] = {"pools", false},
-		[ZONES] = {"zones", false},          [LIMITS] = {"limits", false},
-		[TIMEOUTS] = {"timeouts", false},    [MIDFLOW] = {"tcp_midflow", false},
-		[REFUSAL] = {"refusal", false},
+		[ZONES] = {"zones", false},          [STATIC] = {"static", false},
+		[LIMITS] = {"limits", false},        [TIMEOUTS] = {"timeouts", false},
+		[MIDFLOW] = {"tcp_midflow", false},  [REFUSAL] = {"refusal", false},
 	};
 	static const char *const profiles[] = {"default", "dsnat"};
 	const struct node *value[COUNT(keys)];
@@ -494,6 +545,7 @@ void config_keys(struct config *config, const struct node *root, struct places *
 	read_interfaces(config, value[INTERFACES], places, flags);
 	read_pools(config, value[POOLS], places, &pool);
 	read_zones(config, value[ZONES], places);
+	read_statics(config, value[STATIC], places);
 	read_limits(config, value[LIMITS]);
 	read_timeouts(config, value[TIMEOUTS]);
 	if (config_read_word(config, value[MIDFLOW], "tcp_midflow", midflow_words, COUNT(midflow_words),

@@ -402,6 +402,46 @@ static void unused_pools(struct config *config, const struct places *places)
 				       config->nat.pools[i].name);
 }
 
+/* ---- static mappings ---- */
+
+static bool same_or_whole(const struct nat_static_config *a, const struct nat_static_config *b)
+{
+	return a->outside_port == 0 || b->outside_port == 0 ||
+	       (a->outside_port == b->outside_port && a->protocol == b->protocol);
+}
+
+static void statics(struct config *config, const struct places *places, const struct owned *list, uint32_t n)
+{
+	const struct nat_static_config *all = config->nat.statics;
+
+	for (uint32_t i = 0; i < config->nat.n_statics; i++) {
+		if (!owner_of(list, n, all[i].outside))
+			config_error(config, places->statics[i],
+				     "no pool holds %s; add it to the addresses of a pool, whose VRRP "
+				     "address and ARP then "
+				     "count for it",
+				     config_shown_address(config, all[i].outside));
+		if (owner_of(list, n, all[i].inside))
+			config_error(config, places->statics[i],
+				     "%s is a pool's address; \"inside\" is the host's own",
+				     config_shown_address(config, all[i].inside));
+		for (uint32_t j = 0; j < i && !config_is_full(config); j++) {
+			if (all[i].outside == all[j].outside && same_or_whole(&all[i], &all[j]))
+				config_error(config, places->statics[i],
+					     "this outside address and port are given away already at %u:%u; "
+					     "remove one of "
+					     "the two",
+					     places->statics[j]->line, places->statics[j]->column);
+			else if (all[i].inside == all[j].inside && all[i].outside_port == 0 &&
+				 all[j].outside_port == 0)
+				config_error(config, places->statics[i],
+					     "the host has an address of its own already at %u:%u; remove "
+					     "one of the two",
+					     places->statics[j]->line, places->statics[j]->column);
+		}
+	}
+}
+
 /* ---- all of it ---- */
 
 static void both_sides(struct config *config, const struct places *places)
@@ -437,6 +477,7 @@ void config_rules(struct config *config, const struct places *places)
 	own_addresses(config, places, list, n);
 	shadowed_zones(config, places);
 	zones_and_pools(config, places, list, n);
+	statics(config, places, list, n);
 	if (!whole)
 		return; /* a zone that could not be read may be the one that uses the pool */
 	unused_pools(config, places);
