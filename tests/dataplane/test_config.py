@@ -214,7 +214,7 @@ def test_every_error_is_told_at_once_and_in_order(check: Check) -> None:
         (
             GOOD + "more: 1\n",
             '18:1: unknown key "more" in the file; its keys are profile, engine, interfaces, pools, '
-            "zones, limits, timeouts, tcp_midflow and refusal",
+            "zones, static, limits, timeouts, tcp_midflow and refusal",
         ),
     ],
 )
@@ -312,6 +312,7 @@ def test_the_readme_documents_every_key_and_no_other(check: Check) -> None:
         "interfaces[].": f"interfaces: [{{{unknown}}}]\n",
         "pools[].": f"pools: [{{{unknown}}}]\n",
         "zones[].": f"zones: [{{{unknown}}}]\n",
+        "static[].": f"static: [{{{unknown}}}]\n",
         "limits.": f"limits: {{{unknown}}}\n",
         "timeouts.": f"timeouts: {{{unknown}}}\n",
     }
