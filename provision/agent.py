@@ -476,7 +476,7 @@ class Agent:
             self._record("applied", pending, to=generation)
             self._point_at(generation)
             done = self._act(pending["actions"], manifest)
-            health = self._health(manifest)
+            health = self._health(manifest) if all(a["ok"] for a in done) else []
             failed = [a for a in done if not a["ok"]] + [h for h in health if not h["ok"]]
             if failed:
                 reason = f"{failed[0]['name']}: {failed[0]['text']}"
@@ -602,8 +602,8 @@ class Agent:
         if act:
             actions = pending.get("actions") or actions_between({"files": {}}, manifest)
             done = self._act(actions, manifest)
-            health = self._health(manifest)
-            bad = next((h["text"] for h in health if not h["ok"]), None)
+            ill = [a for a in done if not a["ok"]] or [h for h in self._health(manifest) if not h["ok"]]
+            bad = ill[0]["text"] if ill else None
         else:
             bad = None
         more = {"after": bad} if bad else {}

@@ -1,7 +1,8 @@
-"""A real OpenSSH server on the loopback that runs the real agent in a directory of its own. No root is needed.
+"""A real OpenSSH server on the loopback that runs the real agent in a directory of its own. No root is
+needed.
 
-Every login runs the agent (ForceCommand), with small programs of ours in place of systemctl, keepalived and dsnatd.
-What they did stands in `calls`; a file in `state` makes one of them fail.
+Every login runs the agent (ForceCommand), with small programs of ours in place of systemctl, keepalived
+and dsnatd. What they did stands in `calls`; a file in `state` makes one of them fail.
 """
 
 from __future__ import annotations
@@ -118,7 +119,12 @@ def running(home: Path, name: str = "gw1") -> Iterator[Gateway]:
         "DSNAT_ROOT": gateway.root,
         "DSNAT_SOCKET": home / "control.sock",
     }
-    words = ["/usr/bin/env", *(f"{key}={value}" for key, value in environment.items()), sys.executable, str(AGENT)]
+    words = [
+        "/usr/bin/env",
+        *(f"{key}={value}" for key, value in environment.items()),
+        sys.executable,
+        str(AGENT),
+    ]
     (home / "sshd_config").write_text(
         f"""\
 Port {gateway.port}

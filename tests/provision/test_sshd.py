@@ -15,6 +15,8 @@ from provision.push import AgentRefused, SshRemote
 from provision.ssh import AuthFailed, HostKeyMismatch, Target, dial
 from tests.provision.sshd import Gateway, make_key, running, user
 
+pytestmark = pytest.mark.net  # real programs
+
 ROOT = Path(__file__).resolve().parents[2]
 
 FLEET = """\
@@ -50,7 +52,11 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
 
 def fleet(gateway: Gateway, *, pool: str = "203.0.113.1-203.0.113.4", window: int = 20, **other: str) -> Path:
     path = gateway.home.parent / "fleet.yaml"
-    values = {"port": str(gateway.port), "host_key": gateway.host_key, "identity": str(gateway.identity)} | other
+    values = {
+        "port": str(gateway.port),
+        "host_key": gateway.host_key,
+        "identity": str(gateway.identity),
+    } | other
     path.write_text(FLEET.format(user=user(), pool=pool, window=window, **values))
     return path
 

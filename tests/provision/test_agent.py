@@ -1,0 +1,302 @@
+"""The agent's promises, one by one. test_agent_life.py tries to break them in every order."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from provision.agent import Agent, Refused, actions_between
+from tests.provision.machine import Client, FakeMachine, PowerCutError, files, snapshot_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> FakeMachine:
+    return FakeMachine(tmp_path / "dsnat")
+
+
+@pytest.fixture
+def alice(machine: FakeMachine) -> Client:
+    return Client(machine, "alice")
+
+
+def test_a_staged_generation_changes_nothing_live(machine: FakeMachine, alice: Client) -> None:
+    staged = alice.stage("a")
+    assert staged["generation"] == 1
+    assert machine.live() == 0
+    assert machine.running == {}
+
+
+def test_an_applied_change_is_live_and_has_a_deadline(machine: FakeMachine, alice: Client) -> None:
+    assert alice.apply(alice.stage("a"))["state"] == "live"
+    status = alice.ask(do="status")
+    assert (status["generation"], status["state"]) == (1, "live")
+    assert 0 < status["pending"]["deadline_in_s"] <= 60
+
+
+def test_a_deadline_that_passes_brings_the_change_back(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    alice.apply(alice.stage("b"))
+    machine.now += 61
+    machine.undo_runs()
+    assert machine.live() == 1
+    assert machine.running["dsnatd"] == "engine: a\n"
+    assert alice.ask(do="status")["last"]["reason"] == "nobody confirmed it in time"
+    assert "undone" in machine.said[-1]
+
+
+def test_a_confirmed_change_stays(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    machine.now += 10_000
+    machine.undo_runs()
+    machine.boot_up()
+    assert machine.live() == 1
+    assert machine.running["dsnatd"] == "engine: a\n"
+
+
+def test_a_restart_before_the_confirmation_brings_the_change_back(
+    machine: FakeMachine, alice: Client
+) -> None:
+    alice.push("a")
+    alice.apply(alice.stage("b"))
+    machine.boot_up()
+    assert machine.live() == 1
+    assert machine.running["dsnatd"] == "engine: a\n"
+    with pytest.raises(Refused, match="was undone") as refused:
+        alice.confirm(2)
+    assert refused.value.kind == "reverted"
+
+
+def test_a_connection_from_before_the_change_cannot_confirm_it(machine: FakeMachine, alice: Client) -> None:
+    alice.apply(alice.stage("a"))
+    with pytest.raises(Refused, match="new connection"):
+        alice.confirm(1, fresh=False)
+    machine.connection = None
+    with pytest.raises(Refused, match="new connection"):
+        alice.ask(do="confirm", generation=1)
+
+
+def test_a_confirmation_that_comes_too_late_is_refused(machine: FakeMachine, alice: Client) -> None:
+    alice.apply(alice.stage("a"))
+    machine.now += 60
+    with pytest.raises(Refused, match="too late"):
+        alice.confirm(1)
+
+
+def test_a_change_whose_undo_died_half_way_can_only_be_undone(machine: FakeMachine, alice: Client) -> None:
+    alice.apply(alice.stage("a"))
+    machine.steps_left = 1  # the link is back, the services and the record are not
+    with pytest.raises(PowerCutError):
+        alice.ask(do="revert")
+    machine.after_power_cut()
+    assert machine.live() == 0
+    with pytest.raises(Refused, match="is not live"):
+        alice.confirm(1)
+    machine.now += 61
+    machine.undo_runs()
+    assert Agent(machine).pending() is None
+    assert "dsnatd" not in machine.running
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_power_that_goes_at_any_step_of_an_undo_leaves_the_undo_done(
+    machine: FakeMachine, alice: Client, steps: int
+) -> None:
+    alice.push("a")
+    alice.apply(alice.stage("b"))
+    machine.steps_left = steps
+    try:
+        alice.ask(do="revert")
+    except PowerCutError:
+        machine.after_power_cut()
+    machine.steps_left = None
+    machine.boot_up()
+    assert machine.live() == 1
+    assert Agent(machine).pending() is None
+
+
+def test_confirming_twice_is_the_same_as_once(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    assert alice.confirm(1)["again"]
+
+
+def test_a_plan_made_for_another_generation_is_stale(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    with pytest.raises(Refused) as refused:
+        alice.stage("b", base=0)
+    assert refused.value.kind == "stale"
+
+
+def test_a_second_operator_waits_for_the_lease_to_end(machine: FakeMachine, alice: Client) -> None:
+    alice.stage("a")
+    bob = Client(machine, "bob")
+    with pytest.raises(Refused, match="alice is changing") as refused:
+        bob.stage("b")
+    assert refused.value.kind == "locked"
+    machine.now += 301
+    bob.push("b")
+    assert machine.live() == 2
+
+
+def test_a_lease_does_not_outlive_a_restart(machine: FakeMachine, alice: Client) -> None:
+    alice.stage("a")
+    machine.boot_up()
+    Client(machine, "bob").stage("b")
+
+
+def test_a_file_that_the_gateways_own_programs_refuse_leaves_nothing_behind(
+    machine: FakeMachine, alice: Client
+) -> None:
+    before = snapshot_of(machine.root)
+    with pytest.raises(Refused, match=r"dsnatd\.yaml:1:1: broken; mend it"):
+        alice.stage("BROKEN")
+    assert snapshot_of(machine.root) == before
+
+
+def test_a_service_that_does_not_start_reverts_at_once(machine: FakeMachine, alice: Client) -> None:
+    machine.broken.add("keepalived")
+    answer = alice.apply(alice.stage("a"))
+    assert (answer["state"], answer["reason"]) == ("reverted", "keepalived: keepalived failed")
+    assert machine.live() == 0
+    assert "dsnatd" not in machine.running
+
+
+def test_an_engine_that_does_not_answer_reverts_at_once(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    machine.unwell.add(2)
+    answer = alice.apply(alice.stage("b", hardware="other"))
+    assert answer["state"] == "reverted"
+    assert "does not answer" in answer["reason"]
+    assert machine.running["dsnatd"] == "engine: a\n"
+
+
+def test_an_undo_that_cannot_be_armed_stops_the_change(machine: FakeMachine, alice: Client) -> None:
+    machine.broken.add("systemd-run")
+    with pytest.raises(Refused, match="no units today"):
+        alice.apply(alice.stage("a"))
+    assert machine.live() == 0
+    assert Agent(machine).pending() is None
+
+
+def test_a_generation_that_was_edited_after_staging_is_not_applied(
+    machine: FakeMachine, alice: Client
+) -> None:
+    staged = alice.stage("a")
+    (machine.root / "generations/1/dsnatd.yaml").write_text("engine: z\n")
+    with pytest.raises(Refused, match="was changed on the gateway"):
+        alice.apply(staged)
+
+
+@pytest.mark.parametrize("verb", ["facts", "status", "history"])
+def test_reading_writes_nothing_and_cancels_nothing(machine: FakeMachine, alice: Client, verb: str) -> None:
+    alice.apply(alice.stage("a"))
+    before = snapshot_of(machine.root)
+    alice.ask(do=verb)
+    assert snapshot_of(machine.root) == before
+    machine.now += 61
+    machine.undo_runs()
+    assert machine.live() == 0
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"do": "stage", "base": 0},
+        {"do": "stage", "base": 0, "files": {"../../etc/passwd": {"text": "x"}}},
+        {"do": "stage", "base": 0, "files": {"network/../../x.network": {"text": "x"}}},
+        {"do": "stage", "base": 0, "files": {"dsnatd.yaml": {"text": "x", "mode": 0o4755}}},
+        {"do": "apply", "base": 0, "generation": "1"},
+        {"do": "apply", "base": 0, "generation": 1, "window_s": 0},
+        {"do": "confirm", "generation": True},
+        {"do": "shell"},
+        {"do": "stage", "base": 0, "files": files("a"), "plan": "two\nlines"},
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(
+    machine: FakeMachine, alice: Client, request_: dict[str, object]
+) -> None:
+    before = snapshot_of(machine.root)
+    with pytest.raises(Refused) as refused:
+        alice.ask(**request_)
+    assert refused.value.kind == "usage"
+    assert snapshot_of(machine.root) == before
+
+
+def test_another_protocol_is_refused_with_both_numbers(machine: FakeMachine) -> None:
+    with pytest.raises(Refused, match="speaks protocol 1 and was asked in 2"):
+        Agent(machine).answer({"protocol": 2, "do": "status"})
+
+
+def test_facts_do_not_give_passwords_away(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a", **{"keepalived.conf": "authentication {\n    auth_pass geheim\n}\n"})
+    facts = alice.ask(do="facts")
+    assert "geheim" not in json.dumps(facts)
+    assert facts["drift"] == []
+
+
+def test_a_file_added_beside_the_generation_is_drift(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    (machine.root / "generations/1/network/99-mine.network").write_text("[Match]\n")
+    assert alice.ask(do="facts")["drift"] == ["network/99-mine.network"]
+
+
+def test_old_generations_go_and_the_ones_in_use_stay(machine: FakeMachine, alice: Client) -> None:
+    for number in range(60):
+        alice.push(str(number))
+    numbers = Agent(machine).numbers()
+    assert numbers[0] == 0
+    assert numbers[-1] == 60
+    assert len(numbers) <= 52
+
+
+def test_an_unreadable_pending_file_is_undone_to_what_was_confirmed_last(
+    machine: FakeMachine, alice: Client
+) -> None:
+    alice.push("a")
+    alice.apply(alice.stage("b"))
+    (machine.root / "pending").write_text("")
+    machine.boot_up()
+    assert machine.live() == 1
+    assert Agent(machine).pending() is None
+
+
+FILES = {"dsnatd.yaml": "1", "keepalived.conf": "1", "network/a.network": "1"}
+MANIFEST: dict[str, object] = {"hardware": "h", "files": FILES}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, []),
+        ({"files": FILES | {"dsnatd.yaml": "2"}}, ["failclosed", "engine-reload"]),
+        (
+            {"files": FILES | {"dsnatd.yaml": "2"}, "hardware": "g"},
+            ["failclosed", "engine-stop", "nic", "engine-start"],
+        ),
+        ({"files": FILES | {"keepalived.conf": "2"}}, ["keepalived"]),
+        ({"files": FILES | {"network/a.network": "2"}}, ["network"]),
+        ({"files": FILES | {"authorized_keys/root": "2"}}, []),
+    ],
+)
+def test_only_what_changed_is_reloaded(change: dict[str, object], expected: list[str]) -> None:
+    assert actions_between(MANIFEST, MANIFEST | change) == expected
+    assert actions_between(MANIFEST | change, MANIFEST) == expected
+
+
+def test_the_agent_answers_what_is_not_json_with_an_error(tmp_path: Path) -> None:
+    FakeMachine(tmp_path / "dsnat")
+    done = subprocess.run(
+        [sys.executable, ROOT / "provision/agent.py"],
+        input="not json",
+        env={"DSNAT_ROOT": str(tmp_path / "dsnat")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["kind"] == "usage"
