@@ -77,6 +77,11 @@ static void rewrite_query(struct nat_pkt *pkt, uint16_t id_be)
 
 	replace_port(l4 + NAT_ICMP_ID, id_be, &sum);
 	nat_put16(l4 + NAT_ICMP_CHECKSUM, nat_csum_update(nat_get16(l4 + NAT_ICMP_CHECKSUM), sum));
+	/* No pseudo header is summed here, so the message may become all zeros (an echo reply with identifier
+	 * and sequence 0), the one case in which equation 3 gives the wrong one of the two zeros. */
+	if (NAT_UNLIKELY(nat_get16(l4 + NAT_ICMP_CHECKSUM) == 0) &&
+	    !(pkt->stage_flags & NAT_STAGE_FRAGMENT) && nat_sum_bytes(0, l4, pkt->l4_bytes) == 0)
+		nat_put16(l4 + NAT_ICMP_CHECKSUM, UINT16_MAX);
 }
 
 /* TCP option 2, RFC 9293 3.7.1. The value may stand at an odd offset, where its bytes count swapped. */
