@@ -111,9 +111,7 @@ void nat_engine_tick(struct nat_engine *e, uint64_t now_ns)
 	nat_frags_age(e);
 }
 
-/* ---- outbox
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* ---- outbox ---- */
 
 uint8_t *nat_outbox_buffer(struct nat_engine *e)
 {
@@ -141,9 +139,7 @@ bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out)
 	return true;
 }
 
-/* ---- memory
- * ----------------------------------------------------------------------------------------------------------------
- */
+/* ---- memory ---- */
 
 struct layout {
 	size_t buckets, portsets, hosts, frags, total;
@@ -236,8 +232,7 @@ void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy)
 	nat_portsets_forget(e); /* other ports may be forwarded now */
 }
 
-/* ---- counters and views
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- counters and views ---- */
 
 const struct nat_counters *nat_engine_counters(const struct nat_engine *e)
 {

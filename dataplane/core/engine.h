@@ -115,8 +115,7 @@ struct nat_engine {
 	struct nat_outbox outbox;
 };
 
-/* ---- verdicts
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- verdicts ---- */
 
 static inline void nat_settle(struct nat_pkt *pkt, enum nat_verdict verdict, enum nat_reason reason)
 {
@@ -140,8 +139,7 @@ static inline bool nat_is_inbound(const struct nat_pkt *pkt)
 	return (pkt->stage_flags & NAT_STAGE_INBOUND) != 0;
 }
 
-/* ---- stages, in the order of the path
- * ---------------------------------------------------------------------------- */
+/* ---- stages, in the order of the path ---- */
 
 void nat_parse(struct nat_pkt *pkt, uint32_t n);
 void nat_classify(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
@@ -154,8 +152,7 @@ void nat_rewrite(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
  */
 void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t local_be);
 
-/* ---- sessions (session.c)
- * ------------------------------------------------------------------------------------------ */
+/* ---- sessions (session.c) ---- */
 
 static inline uint32_t nat_session_deadline(const struct nat_engine *e, const struct nat_session *s)
 {
@@ -192,8 +189,7 @@ void nat_session_set_timer(struct nat_engine *e, uint32_t record, enum nat_timer
 /* Books a packet of the session: state, timer, time, bytes. */
 void nat_session_touch(struct nat_engine *e, struct nat_pkt *pkt);
 
-/* ---- the wheel (wheel.c)
- * -------------------------------------------------------------------------------------------- */
+/* ---- the wheel (wheel.c) ---- */
 
 void nat_wheel_init(struct nat_engine *e);
 void nat_wheel_hang(struct nat_engine *e, uint32_t record);
@@ -202,15 +198,13 @@ void nat_wheel_take(struct nat_engine *e, uint32_t record);
 /* Ends what is over; looks at no more than `budget` records. True when it is up to date. */
 bool nat_wheel_turn(struct nat_engine *e, uint32_t budget);
 
-/* ---- TCP (tcp.c)
- * ------------------------------------------------------------------------------------------------------ */
+/* ---- TCP (tcp.c) ---- */
 
 /* The state after a segment, and the timer that goes with it. */
 uint8_t nat_tcp_next(uint8_t state, uint8_t tcp_flags, bool inbound);
 enum nat_timer nat_tcp_timer(uint8_t state);
 
-/* ---- ICMP (icmp.c)
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- ICMP (icmp.c) ---- */
 
 /* Reads the quoted packet of an ICMP error into pkt->tuple. */
 void nat_icmp_parse_error(struct nat_pkt *pkt);
@@ -224,8 +218,7 @@ void nat_icmp_make(struct nat_engine *e, const struct nat_pkt *pkt, uint8_t type
 /* The answer to a TCP segment in mid-flow without a session: a reset to its sender (RFC 9293 3.5.2). */
 void nat_tcp_make_reset(struct nat_engine *e, const struct nat_pkt *pkt);
 
-/* ---- fragments (frag.c)
- * -------------------------------------------------------------------------------------------------- */
+/* ---- fragments (frag.c) ---- */
 
 size_t nat_frags_size(const struct nat_policy *policy);
 void nat_frags_init(struct nat_engine *e, void *mem);
@@ -238,8 +231,7 @@ void nat_frags_lead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t source_b
 		    uint16_t id_be);
 void nat_frags_age(struct nat_engine *e);
 
-/* ---- hosts (host.c)
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- hosts (host.c) ---- */
 
 /* May this host have one more session? The reason if not. */
 enum nat_reason nat_host_admit(struct nat_engine *e, uint32_t address_be);
@@ -249,9 +241,7 @@ void nat_host_remove(struct nat_engine *e, uint32_t address_be);
 /* The public address that this host's sessions use, 0 if it has none. */
 uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be);
 
-/* ---- outbox
- * ------------------------------------------------------------------------------------------------------------------
- */
+/* ---- outbox ---- */
 
 /* Room for one packet made by the engine, NULL when this burst has made enough. */
 uint8_t *nat_outbox_buffer(struct nat_engine *e);

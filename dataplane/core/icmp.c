@@ -128,9 +128,7 @@ void nat_icmp_rewrite_error(struct nat_engine *e, struct nat_pkt *pkt, const str
 	nat_settle(pkt, NAT_FORWARD, NAT_REASON_OK);
 }
 
-/* ---- our own
- * ------------------------------------------------------------------------------------------------------------
- */
+/* ---- our own ---- */
 
 /* A bucket of one second's worth of packets, filled by time. */
 static bool may_make(struct nat_engine *e)

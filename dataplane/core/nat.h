@@ -31,8 +31,7 @@
 #define NAT_NAME_MAX       32u  /* interface, pool; with the closing zero */
 #define NAT_MADE_BYTES_MAX 576u /* RFC 1812 4.3.2.3: an ICMP error is at most this long */
 
-/* ---- configuration: what ctl/config.c reads out of dsnatd.yaml
- * ------------------------------------------------- */
+/* ---- configuration: what ctl/config.c reads out of dsnatd.yaml ---- */
 
 enum nat_role { NAT_ROLE_INSIDE, NAT_ROLE_OUTSIDE };
 enum nat_path { NAT_PATH_DPDK, NAT_PATH_NFQUEUE };
@@ -119,8 +118,7 @@ struct nat_config {
 				     6888 REQ-11B) */
 };
 
-/* ---- policy: the configuration made ready for packets
- * ----------------------------------------------------------- */
+/* ---- policy: the configuration made ready for packets ---- */
 
 struct nat_policy;
 
@@ -140,8 +138,7 @@ bool nat_policy_is_active(const struct nat_policy *policy, uint32_t pool);
 /* Is this an address of a pool? Gives the pool's index, or -1. */
 int32_t nat_policy_pool_of(const struct nat_policy *policy, uint32_t address_be);
 
-/* ---- packets
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- packets ---- */
 
 enum nat_verdict {
 	NAT_FORWARD, /* send it: bytes are final, `hop` says where; in the made packets too */
@@ -214,8 +211,7 @@ struct nat_pkt {
 
 #define NAT_NO_SESSION UINT32_MAX
 
-/* ---- what the shell tells the core about the world
- * -------------------------------------------------------------- */
+/* ---- what the shell tells the core about the world ---- */
 
 struct nat_world {
 	void *context;
@@ -226,8 +222,7 @@ struct nat_world {
 	uint32_t (*own_address)(void *context, uint8_t iface);
 };
 
-/* ---- session records: memory that outlives the process
- * ---------------------------------------------------------- */
+/* ---- session records: memory that outlives the process ---- */
 
 struct nat_table;
 
@@ -241,8 +236,7 @@ size_t nat_table_size(uint64_t max_sessions);
 struct nat_table *nat_table_init(void *mem, size_t size_bytes, uint64_t max_sessions, uint64_t seed,
 				 bool *adopted, const char **why);
 
-/* ---- the engine
- * ------------------------------------------------------------------------------------------------- */
+/* ---- the engine ---- */
 
 struct nat_engine;
 
@@ -276,8 +270,7 @@ bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out);
 /* The new policy holds from the next burst on. The shell frees the old one when every worker has passed. */
 void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy);
 
-/* ---- counters
- * --------------------------------------------------------------------------------------------------- */
+/* ---- counters ---- */
 
 /* received + taken_over = forwarded + passed + sum(dropped) + handed_over + held, at any moment between
  * bursts. The shell that cannot send what the core forwarded says so with nat_engine_undo(), so that the
@@ -310,8 +303,7 @@ const char *nat_reason_meaning(enum nat_reason reason);
 const char *nat_reason_advice(enum nat_reason reason);
 enum nat_verdict nat_reason_verdict(enum nat_reason reason);
 
-/* ---- looking at the tables (control socket; from the worker's own thread, or stopped)
- * ------------------------------ */
+/* ---- looking at the tables (control socket; from the worker's own thread, or stopped) ---- */
 
 struct nat_session_view {
 	struct nat_tuple inside; /* host and remote */

@@ -43,8 +43,7 @@ void nat_portsets_init(struct nat_engine *e, void *mem, uint64_t max_sessions)
 	nat_portsets_forget(e);
 }
 
-/* ---- finding and making sets
- * ------------------------------------------------------------------------------------------ */
+/* ---- finding and making sets ---- */
 
 static uint32_t *chain_of(struct nat_engine *e, uint32_t address_be, uint32_t remote_be,
 			  uint16_t remote_port_be, uint8_t protocol)
@@ -95,16 +94,7 @@ static struct nat_portset *spare_set(struct nat_engine *e)
 	return oldest;
 }
 
-static void clear_set(struct nat_portset *set, uint16_t first, uint16_t last)
-{
-	set->first = first;
-	set->last = last;
-	memset(set->known, 0, sizeof(set->known));
-	memset(set->full, 0, sizeof(set->full));
-}
-
-static struct nat_portset *make_set(struct nat_engine *e, const struct nat_tuple *outside, uint16_t first,
-				    uint16_t last)
+static struct nat_portset *make_set(struct nat_engine *e, const struct nat_tuple *outside)
 {
 	struct nat_portset *set = spare_set(e);
 	uint32_t *chain = chain_of(e, outside->local_be, outside->remote_be, outside->remote_port_be,
@@ -116,13 +106,12 @@ static struct nat_portset *make_set(struct nat_engine *e, const struct nat_tuple
 	set->protocol = outside->protocol;
 	set->next = *chain;
 	*chain = (uint32_t)(set - e->portsets.set) + 1;
-	clear_set(set, first, last);
+	memset(set->known, 0, sizeof(set->known));
+	memset(set->full, 0, sizeof(set->full));
 	return set;
 }
 
-/* ---- words
- * ----------------------------------------------------------------------------------------------------------
- */
+/* ---- words ---- */
 
 static bool has_bit(const uint64_t *bits, uint32_t i)
 {
@@ -139,13 +128,14 @@ static void clear_bit(uint64_t *bits, uint32_t i)
 	bits[i / 64] &= ~(UINT64_C(1) << (i % 64));
 }
 
-static uint64_t ports_in_range(const struct nat_portset *set, uint32_t word)
+/* The ports of a word that lie in first..last. */
+static uint64_t ports_in_range(uint32_t word, uint16_t first, uint16_t last)
 {
 	uint64_t inside = UINT64_MAX;
-	if (word == set->first / 64u)
-		inside &= UINT64_MAX << set->first % 64;
-	if (word == set->last / 64u)
-		inside &= UINT64_MAX >> (63 - set->last % 64);
+	if (word == first / 64u)
+		inside &= UINT64_MAX << first % 64;
+	if (word == last / 64u)
+		inside &= UINT64_MAX >> (63 - last % 64);
 	return inside;
 }
 
@@ -160,14 +150,13 @@ static void learn_word(struct nat_engine *e, struct nat_portset *set, uint32_t w
 		       const struct nat_tuple *outside)
 {
 	struct nat_tuple tuple = *outside;
-	uint64_t hash[64], in_range = ports_in_range(set, word);
+	uint64_t hash[64], taken = 0;
 
 	for (uint32_t bit = 0; bit < 64; bit++) {
 		tuple.local_port_be = NAT_HTON16(word * 64 + bit);
 		hash[bit] = nat_tuple_hash(&e->index.key, &tuple);
 		NAT_PREFETCH(nat_index_bucket(&e->index, hash[bit]));
 	}
-	uint64_t taken = ~in_range;
 	for (uint32_t bit = 0; bit < 64 && e->policy->n_statics != 0; bit++)
 		if (is_forwarded(e, outside, NAT_HTON16(word * 64 + bit)))
 			taken |= UINT64_C(1) << bit;
@@ -203,10 +192,10 @@ static uint32_t next_open_word(const struct nat_portset *set, uint32_t from, uin
 	return NAT_PORT_WORDS;
 }
 
-static uint16_t take_from_word(struct nat_portset *set, uint32_t word, uint64_t chance)
+/* One of the `open` ports of a word, chosen by chance. */
+static uint16_t take_from_word(struct nat_portset *set, uint32_t word, uint64_t open, uint64_t chance)
 {
 	const unsigned turn = (unsigned)(chance & 63);
-	const uint64_t open = ~set->taken[word];
 	const uint64_t turned = turn ? open >> turn | open << (64 - turn) : open;
 	const uint32_t bit = (NAT_CTZ64(turned) + turn) % 64;
 
@@ -216,27 +205,29 @@ static uint16_t take_from_word(struct nat_portset *set, uint32_t word, uint64_t 
 	return NAT_HTON16(word * 64 + bit);
 }
 
-static uint16_t take_from_set(struct nat_engine *e, struct nat_portset *set, const struct nat_tuple *outside)
+static uint16_t take_from_set(struct nat_engine *e, struct nat_portset *set, const struct nat_tuple *outside,
+			      uint16_t first, uint16_t last)
 {
-	const uint32_t first_word = set->first / 64u, last_word = set->last / 64u;
+	const uint32_t first_word = first / 64u, last_word = last / 64u;
 	const uint64_t chance = nat_random_next(&e->random);
 	const uint32_t start = first_word + nat_scale32((uint32_t)(chance >> 32), last_word - first_word + 1);
 
 	set->touched = ++e->portsets.clock;
 	for (int half = 0; half < 2; half++) {
-		uint32_t from = half == 0 ? start : first_word, last = half == 0 ? last_word : start;
-		for (uint32_t word; (word = next_open_word(set, from, last)) != NAT_PORT_WORDS;) {
+		uint32_t from = half == 0 ? start : first_word, end = half == 0 ? last_word : start;
+		for (uint32_t word; from <= end && (word = next_open_word(set, from, end)) != NAT_PORT_WORDS;
+		     from = word + 1) {
 			if (!has_bit(set->known, word))
 				learn_word(e, set, word, outside);
-			if (!has_bit(set->full, word))
-				return take_from_word(set, word, chance);
+			const uint64_t open = ~set->taken[word] & ports_in_range(word, first, last);
+			if (open)
+				return take_from_word(set, word, open, chance);
 		}
 	}
 	return 0;
 }
 
-/* ---- the two ways
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- the two ways ---- */
 
 static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
 		     bool parity, uint16_t like_be)
@@ -272,17 +263,15 @@ uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t
 		uint16_t port_be = draw(e, outside, first, last, parity, like_be);
 		if (port_be)
 			return port_be;
-		set = make_set(e, outside, first, last);
-	} else if (set->first != first || set->last != last) {
-		clear_set(set, first, last);
+		set = make_set(e, outside);
 	}
 	*tracked = true;
-	uint16_t port_be = take_from_set(e, set, outside);
+	uint16_t port_be = take_from_set(e, set, outside, first, last);
 	if (port_be == 0 && e->wheel.done_s != e->now_s) {
 		/* Never refuse while a port is free: sessions whose time is up may still hold some. Ending
 		 * them tells the set. */
 		nat_wheel_turn(e, UINT32_MAX);
-		port_be = take_from_set(e, set, outside);
+		port_be = take_from_set(e, set, outside, first, last);
 	}
 	return port_be;
 }
@@ -294,7 +283,7 @@ void nat_port_release(struct nat_engine *e, const struct nat_session *s)
 					   mapping ? 0 : s->inside.remote_port_be, s->inside.protocol);
 	const uint32_t port = NAT_NTOH16(s->out_port_be);
 
-	if (!set || port < set->first || port > set->last || !has_bit(set->known, port / 64))
+	if (!set || !has_bit(set->known, port / 64))
 		return;
 	clear_bit(set->taken, port);
 	clear_bit(set->full, port / 64);

@@ -29,12 +29,11 @@ struct nat_portset {
 	uint32_t address_be, remote_be;
 	uint16_t remote_port_be;
 	uint8_t protocol, used;
-	uint32_t next;    /* hash chain */
-	uint32_t touched; /* clock for replacement */
-	uint16_t first, last;
+	uint32_t next;                       /* hash chain */
+	uint32_t touched;                    /* clock for replacement */
 	uint64_t known[NAT_PORT_WORDS / 64]; /* the word has been filled */
 	uint64_t full[NAT_PORT_WORDS / 64];  /* the word is known and has no free port */
-	uint64_t taken[NAT_PORT_WORDS];      /* ports outside first..last count as taken */
+	uint64_t taken[NAT_PORT_WORDS];      /* all 65536 ports, whatever part of them a pool uses */
 };
 
 struct nat_portsets {

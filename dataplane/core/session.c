@@ -8,8 +8,7 @@
 #define TABLE_MAGIC  UINT64_C(0x7473657373746e64) /* "dntssest" */
 #define TABLE_LAYOUT 1u
 
-/* ---- the table
- * --------------------------------------------------------------------------------------------------- */
+/* ---- the table ---- */
 
 static uint64_t chunks_for(uint64_t max_sessions)
 {
@@ -116,8 +115,7 @@ void nat_table_bind(struct nat_table *table, struct nat_policy *policy)
 	atomic_store(&policy->bound, BOUND);
 }
 
-/* ---- free records
- * ------------------------------------------------------------------------------------------------ */
+/* ---- free records ---- */
 
 static void give_back(struct nat_engine *e, uint32_t record)
 {
@@ -138,8 +136,7 @@ static bool lease_chunk(struct nat_engine *e)
 	return true;
 }
 
-/* ---- making and ending
- * --------------------------------------------------------------------------------------------- */
+/* ---- making and ending ---- */
 
 static bool under_mapping(const struct nat_session *s)
 {
@@ -306,9 +303,7 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 	}
 }
 
-/* ---- finding
- * ---------------------------------------------------------------------------------------------------------
- */
+/* ---- finding ---- */
 
 uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, uint64_t hash)
 {
@@ -335,9 +330,7 @@ void nat_session_lookup(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 			pkt[i].session = nat_session_find(e, &pkt[i].tuple, pkt[i].hash);
 }
 
-/* ---- booking
- * -----------------------------------------------------------------------------------------------------------
- */
+/* ---- booking ---- */
 
 void nat_session_set_timer(struct nat_engine *e, uint32_t record, enum nat_timer timer)
 {
@@ -400,8 +393,7 @@ void nat_session_touch(struct nat_engine *e, struct nat_pkt *pkt)
 	}
 }
 
-/* ---- after a restart
- * --------------------------------------------------------------------------------------------------- */
+/* ---- after a restart ---- */
 
 static bool is_sound(const struct nat_session *s)
 {

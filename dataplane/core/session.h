@@ -129,8 +129,7 @@ struct nat_policy;
  * worker, done by the first. */
 void nat_table_bind(struct nat_table *table, struct nat_policy *policy);
 
-/* ---- the index
- * --------------------------------------------------------------------------------------------------- */
+/* ---- the index ---- */
 
 /* A bucket is one cache line: ten entries, each with a 16-bit tag of its hash. An entry stands in the bucket
  * of its hash or, marked in `moved`, in the alternate one (cuckoo hashing with buckets: Dietzfelbinger,
