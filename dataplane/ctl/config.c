@@ -1,15 +1,16 @@
 /* The configuration file: text -> tree -> values -> rules.
  *
- *	config_tree.c   YAML to nodes, each with its place; stops at the first thing that is not YAML
- *	config_keys.c   one key at a time: known, given once, of the right type, in range; fills struct
- *nat_config config_rules.c  between objects: overlaps, unknown names, shadowed zones
+ *	config_tree.c    YAML to nodes, each with its place; stops at the first thing that is not YAML
+ *	config_keys.c    one key at a time: known, given once, in range; fills struct nat_config
+ *	config_values.c  how numbers, words, times, names and addresses are read
+ *	config_rules.c   between objects: overlaps, unknown names, shadowed zones
  *
  * Each stage reports all it finds and goes on with a harmless value, so that one run tells the operator
- *everything. Rules run also after key errors: a bad port range must not hide an overlap. What cannot be read
- *is left out of the lists, so a rule never sees a made-up value.
+ * everything. Rules run also after key errors: a bad port range must not hide an overlap. What cannot be read is
+ * left out of the lists, so a rule never sees a made-up value.
  *
  * All memory hangs off the configuration and goes with config_free(): a reload reads a new one aside, and a
- *refused one leaves no trace.
+ * refused one leaves no trace.
  */
 #include "config.h"
 

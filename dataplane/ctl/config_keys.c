@@ -4,7 +4,7 @@
  * config_fields() finds the values, the readers of config_values.c judge them.
  *
  * All keys, their values and defaults are documented in dataplane/README.md, "Configuration";
- * tests/dataplane/ test_config.py holds that table and this file together.
+ * tests/dataplane/test_config.py holds that table and this file together.
  */
 #include <ctype.h>
 #include <stdlib.h>

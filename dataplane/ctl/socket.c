@@ -3,15 +3,15 @@
  * One epoll set holds the listening socket and all clients. A client is in one of two states:
  *
  *	READING   its input is read; lines are answered as they come
- *	WRITING   an answer is not written yet; nothing more is read, so a client that sends and never reads
- *costs one answer of memory, not one per request
+ *	WRITING   an answer is not written yet; nothing more is read: a client that sends and never reads
+ *	          costs one answer of memory, not one per request
  *
- * A client that takes no byte of its answer for STALL_S seconds is dropped, and so is one beyond CLIENTS_MAX
- *that would make others wait. A line longer than REQUEST_BYTES_MAX is answered with an error and the
- *connection closed: where the next request begins cannot be known.
+ * A client that takes no byte of its answer for STALL_S seconds is dropped, and so is one beyond
+ * CLIENTS_MAX that would make others wait. A line longer than REQUEST_BYTES_MAX is answered with an error
+ * and the connection closed: where the next request begins cannot be known.
  *
  * Who may connect is a matter of file permissions: the socket has mode 0660, owner and group are the
- *daemon's.
+ * daemon's.
  */
 #include "socket.h"
 

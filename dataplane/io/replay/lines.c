@@ -1,17 +1,15 @@
 /* --stdio: one JSON object in, one out, line by line.
  *
- *	{"t_ns":5,"if":"inside0","pkt":"45..."}       a packet; optional: "flags":["csum_partial",...],
- *"worker":0
+ *	{"t_ns":5,"if":"inside0","pkt":"45..."}       a packet; also "flags":["csum_partial"], "worker":0
  *	{"t_ns":9}                                    only the clock moves
- *	{"addresses":{"outside0":["198.51.100.2"]}}   from now on the gateway's own addresses on that
- *interface
+ *	{"addresses":{"outside0":["198.51.100.2"]}}   from now on the gateway's own addresses there
  *	{"ctl":{"cmd":"show","what":"pools"}}         a request of the control socket
  *
  *	{"verdict":"forward","reason":"ok","out":[{"if":"outside0","pkt":"45...","origin":"packet"}]}
  *
- * "out" also holds what the engine made ("origin":"engine") and held packets that it now lets go; held
- *packets that it now drops stand in "dropped". A line that cannot be read is answered with {"error":"..."}
- *and changes nothing. Time never runs backwards: an earlier t_ns is such an error.
+ * "out" also holds what the engine made ("origin":"engine") and held packets that it now lets go; held packets
+ * that it now drops stand in "dropped". A line that cannot be read is answered with {"error":"..."} and changes
+ * nothing. Time never runs backwards: an earlier t_ns is such an error.
  */
 #include <errno.h>
 #include <jansson.h>

@@ -1,12 +1,11 @@
-/* dsnat-replay: the test bench. Packets from lines or captures through the real core, time taken from the
- *input.
+/* dsnat-replay: the test bench. Packets from lines or captures through the real core, time from the input.
  *
  *	dsnat-replay --config FILE --seed N --stdio
  *	dsnat-replay --config FILE --seed N --read inside0=in.pcap --write outside0=out.pcap
  *
- * It is a shell like io/dpdk, with nothing behind it: no thread, no clock, no kernel. Everything the engine
- *may ask of the world is answered from the command line and the input, so the same seed and the same input
- *give the same output, byte for byte.
+ * It is a shell like io/dpdk, with nothing behind it: no thread, no clock, no kernel. Everything the engine may
+ * ask of the world is answered from the command line and the input, so the same seed and the same input give
+ * the same output, byte for byte.
  *
  *	main.c     arguments, and what is read and written
  *	bench.c    engines, packets and what became of them
@@ -14,8 +13,8 @@
  *	lines.c    --stdio
  *	capture.c  --read and --write
  *
- * Exit status: 0 done, 1 failed (a file cannot be read or written, or the accounting equation is broken), 2
- *wrong usage or configuration.
+ * Exit status: 0 done, 1 failed (a file cannot be read or written, or the accounting equation is broken),
+ * 2 wrong usage or configuration.
  */
 #include <getopt.h>
 #include <inttypes.h>

@@ -1,15 +1,15 @@
 /* Routes and own addresses without a kernel.
  *
  * Where a packet goes, first match:
- *	an address of the gateway itself (--address)           local
- *	the longest --route prefix                             its interface, nowhere, or prohibited
- *	a zone's source prefix that the destination lies in    the inside interface where this host was last
- *seen, else the first one; the zone 0.0.0.0/0 counts only for hosts that were seen, or nothing would be
- *outside else                                                   the first outside interface All of it
- *on-link: the next hop is the destination.
+ *	1. an address of the gateway itself (--address): local
+ *	2. the longest --route prefix: its interface, nowhere, or prohibited
+ *	3. a zone's source prefix that holds the destination: the inside interface where this host was last seen,
+ *	   else the first one. The zone 0.0.0.0/0 counts only for hosts that were seen, or nothing were outside
+ *	4. the first outside interface
+ * All of it on-link: the next hop is the destination.
  *
  * ICMP errors need a source address. Without --address interface number i (from 0) answers as 192.0.2.(i+1).
- *That address is only a source: packets to it are routed like any other.
+ * That address is only a source: packets to it are routed like any other.
  */
 #include <arpa/inet.h>
 #include <stdlib.h>
