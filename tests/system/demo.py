@@ -69,8 +69,8 @@ gateways:
     management: {{address: 127.0.0.1, port: {port}}}
     host_key: {host_key}
     interfaces:
-      inside0: {{role: inside, path: dpdk, device: "{inside}", addresses: [100.64.0.2/24]}}
-      outside0: {{role: outside, path: dpdk, device: "{outside}", addresses: [198.51.100.2/24]}}
+      inside0: {{role: inside, path: dpdk, device: "0000:00:03.0", addresses: [100.64.0.2/24]}}
+      outside0: {{role: outside, path: dpdk, device: "0000:00:04.0", addresses: [198.51.100.2/24]}}
     zones:
       - {{source: 100.64.0.0/16, pool: laddr_g1}}
     vrrp:
