@@ -10,6 +10,7 @@ gateway, 7 locked by another operator, 8 the plan is stale, 130 interrupted.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
+    from provision.dsnat import Known
     from provision.load import Problem, Source
     from provision.model import Fleet
     from provision.plan import Plan, Running
@@ -661,6 +663,74 @@ def _fingerprint(key: str) -> str:
 
     digest = hashlib.sha256(base64.b64decode(key.split()[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+@cli.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--management", multiple=True, metavar="[GW=]ADDRESS", help="Management address of a gateway.")
+@click.option("--host-key", multiple=True, metavar="[GW=]KEY", help="Its SSH host key.")
+@click.option(
+    "--interface",
+    multiple=True,
+    metavar="[GW:]NAME=ADDRESS/LEN[,PCI]",
+    help="An interface's own address and device.",
+)
+def import_(
+    files: tuple[Path, ...],
+    management: tuple[str, ...],
+    host_key: tuple[str, ...],
+    interface: tuple[str, ...],
+) -> None:
+    """Print fleet.yaml for dsnat's own files: keepalived.conf (both nodes'), rc.local, ipvsadm -S.
+
+    What could not be carried over is named on standard error. Gateways are called gw1, gw2 in the order of files.
+    """
+    from provision.dsnat import import_files
+
+    texts: list[tuple[str, str]] = []
+    for file in files:
+        try:
+            texts.append((str(file), file.read_text(errors="replace")))
+        except OSError as error:
+            raise Exit(INVALID, f"{file} cannot be read: {error.strerror}") from error
+    imported = import_files(texts, _known(management, host_key, interface))
+    for remark in imported.remarks:
+        print(remark, file=sys.stderr)
+    print(imported.text, end="")
+
+
+def _known(management: Sequence[str], host_key: Sequence[str], interface: Sequence[str]) -> dict[str, Known]:
+    """What the options say about each gateway; without a name they mean gw1."""
+    from provision.dsnat import CHANGE, Known
+
+    def by_gateway(given: Sequence[str], mark: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for text in given:
+            name, rest = text.split(mark, 1) if re.match(rf"gw\d+{mark}", text) else ("gw1", text)
+            found.setdefault(name, []).append(rest)
+        return found
+
+    addresses, names = by_gateway(interface, ":"), by_gateway(management, "=")
+    keys = by_gateway(host_key, "=")
+    known: dict[str, Known] = {}
+    for gateway in addresses.keys() | names.keys() | keys.keys():
+        own: list[tuple[str, str]] = []
+        devices: list[tuple[str, str]] = []
+        for text in addresses.get(gateway, []):
+            name, sign, rest = text.partition("=")
+            address, _, device = rest.partition(",")
+            if not sign or "/" not in address:
+                raise Exit(
+                    INVALID,
+                    f"--interface {text}: write it as eth0=100.64.0.2/24 or eth0=100.64.0.2/24,0000:00:03.0",
+                )
+            own.append((name, address))
+            if device:
+                devices.append((name, device))
+        known[gateway] = Known(
+            names.get(gateway, [CHANGE])[-1], keys.get(gateway, [CHANGE])[-1], tuple(own), tuple(devices)
+        )
+    return known
 
 
 @cli.command()

@@ -292,7 +292,7 @@ class Pool(Model):
     select: Literal["round-robin", "paired"] | None = None
     announce: Literal["auto", "arp", "none"] | None = None
     active_while: IPv4Address | None = Field(
-        default=None, description="default: the first VRRP address of an outside interface, if there is one"
+        default=None, description="default: the first VRRP address, an outside one if there is one"
     )
 
     def spans(self) -> list[tuple[int, int]]:

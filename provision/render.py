@@ -101,27 +101,26 @@ def settings_of(fleet: Fleet, service: Service, pool: Pool) -> Iterator[tuple[st
         value = getattr(pool, key)
         if value is not None:
             yield key, value
-    active = pool.active_while or _first_outside(fleet, service)
+    active = pool.active_while or _mark_of_master(fleet, service)
     if active is not None:
         yield "active_while", str(active)
 
 
-def _first_outside(fleet: Fleet, service: Service) -> IPv4Address | None:
-    """The VRRP address that says who answers for the pools: the master has it, the backup does not."""
+def _mark_of_master(fleet: Fleet, service: Service) -> IPv4Address | None:
+    """The VRRP address that says who answers for the pools: the master has it, the backup does not.
+
+    An outside one where there is one; all of a gateway move together, so another is as good."""
     if service.vrrp is None:
         return None
     members = next(names for _, other, names in fleet.services() if other is service)
+    found: dict[str, IPv4Address] = {}
     for interface, instance in service.vrrp.instances.items():
-        roles = {
-            fleet.gateways[m].interfaces[interface].role
-            for m in members
-            if interface in fleet.gateways[m].interfaces
-        }
-        if roles == {"outside"}:
-            for address in instance.addresses:
-                if isinstance(address, IPv4Interface):
-                    return address.ip
-    return None
+        for member in members:
+            known = fleet.gateways[member].interfaces.get(interface)
+            for address in instance.addresses if known is not None else ():
+                if isinstance(address, IPv4Interface) and known is not None:
+                    found.setdefault(known.role, address.ip)
+    return found.get("outside", found.get("inside"))
 
 
 def _engine(fleet: Fleet, name: str, gateway: Gateway, service: Service) -> str:
