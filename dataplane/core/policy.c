@@ -27,10 +27,11 @@ static uint32_t count_addresses(const struct nat_config *config)
 	return n;
 }
 
-static uint32_t slots_for(uint32_t n_addresses)
+/* At most a quarter full. */
+static uint32_t slots_for(uint32_t n)
 {
 	uint32_t slots = 16;
-	while (slots < n_addresses * 2)
+	while (slots < n * 4)
 		slots *= 2;
 	return slots;
 }
@@ -180,11 +181,24 @@ static void add_address(struct nat_policy *p, uint32_t pool, uint32_t address, b
 	uint32_t at =
 		(uint32_t)nat_multiply_fold(NAT_HTON32(address) ^ p->address_key.k0, p->address_key.k1) &
 		mask;
-	while (p->address_slot[at] != 0)
+	while (p->address_slot[at].number != 0)
 		at = (at + 1) & mask;
-	p->address_slot[at] = number + 1;
+	p->address_slot[at] = (struct nat_address_slot){NAT_HTON32(address), number + 1};
 	p->pool[pool].n_addresses++;
 	p->pool[pool].n_in_service += !draining;
+}
+
+static void find_address_span(struct nat_policy *p)
+{
+	uint32_t low = UINT32_MAX, high = 0;
+
+	for (uint32_t i = 0; i < p->n_addresses; i++) {
+		const uint32_t address = NAT_NTOH32(p->address[i].address_be);
+		low = address < low ? address : low;
+		high = address > high ? address : high;
+	}
+	p->address_low = low;
+	p->address_span = p->n_addresses ? high - low : 0;
 }
 
 static void build_pool(struct nat_policy *p, uint32_t i, const struct nat_pool_config *config)
@@ -317,6 +331,7 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 		p->role[i] = (uint8_t)config->interfaces[i].role;
 	for (uint32_t i = 0; i < config->n_pools; i++)
 		build_pool(p, i, &config->pools[i]);
+	find_address_span(p);
 	build_zones(p, config);
 	build_statics(p, config);
 	for (uint32_t i = 0; previous && i < p->n_pools; i++)
@@ -329,13 +344,13 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 
 uint32_t nat_policy_zone(const struct nat_policy *p, uint32_t source, uint32_t destination)
 {
-	uint32_t low = p->interval_of[source >> 24], high = p->interval_of[(source >> 24) + 1];
-	while (low < high) {
-		uint32_t middle = low + (high - low + 1) / 2;
-		if (p->interval[middle].first <= source)
-			low = middle;
-		else
-			high = middle - 1;
+	uint32_t low = p->interval_of[source >> 24], n = p->interval_of[(source >> 24) + 1] - low + 1;
+	/* The number of steps depends on the first 8 bits only and a step has no branch: sources come in any
+	 * order, and a mispredicted branch costs more than the whole search. */
+	while (n > 1) {
+		uint32_t half = n / 2;
+		low += half * (p->interval[low + half].first <= source);
+		n -= half;
 	}
 	const uint32_t *candidate = p->candidate + p->interval[low].candidate;
 	for (uint32_t i = 0; i < p->interval[low].n_candidates; i++) {

@@ -28,6 +28,10 @@ struct nat_static { /* struct nat_static_config in network order */
 	uint8_t protocol;
 };
 
+struct nat_address_slot {            /* open addressing */
+	uint32_t address_be, number; /* number + 1, 0 is empty */
+};
+
 struct nat_pool {
 	char name[NAT_NAME_MAX];
 	uint32_t first_address, n_addresses; /* span in nat_policy.address, in the file's order */
@@ -74,9 +78,10 @@ struct nat_policy {
 	struct nat_address *address;
 	struct nat_interval *interval;
 	uint32_t *candidate;
-	uint32_t interval_of[257]; /* by the top 8 bits: where a search begins */
-	uint32_t *address_slot;    /* open addressing, address number + 1, 0 is empty */
-	uint32_t address_slots;    /* a power of two */
+	uint32_t interval_of[257];          /* by the top 8 bits: where a search begins */
+	uint32_t address_low, address_span; /* every pool address is in low..low + span, host order */
+	struct nat_address_slot *address_slot;
+	uint32_t address_slots; /* a power of two */
 	struct nat_key address_key;
 	struct nat_static *statics;
 	uint32_t *static_slot[2]; /* open addressing by inside and by outside, number + 1 */
@@ -95,20 +100,24 @@ uint32_t nat_policy_zone(const struct nat_policy *policy, uint32_t source, uint3
 /* Is a packet from outside the answer to one that a pass zone let through? */
 bool nat_policy_passes(const struct nat_policy *policy, uint32_t outside_source, uint32_t inside_destination);
 
-/* Number of a pool address, or UINT32_MAX. */
+/* Number of a pool address, or UINT32_MAX. Asked up to three times per packet, mostly for addresses that are
+ * no pool's: the span of all of them answers those without a branch that varies, and the slots are so sparse
+ * that the first one nearly always answers the rest. */
 static inline uint32_t nat_policy_address(const struct nat_policy *policy, uint32_t address_be)
 {
 	const uint32_t mask = policy->address_slots - 1;
+
+	if (NAT_NTOH32(address_be) - policy->address_low > policy->address_span)
+		return UINT32_MAX;
 	uint32_t at =
 		(uint32_t)nat_multiply_fold(address_be ^ policy->address_key.k0, policy->address_key.k1) &
 		mask;
-	for (;; at = (at + 1) & mask) {
-		uint32_t number = policy->address_slot[at];
-		if (number == 0)
+	while (policy->address_slot[at].address_be != address_be) {
+		if (policy->address_slot[at].number == 0)
 			return UINT32_MAX;
-		if (policy->address[number - 1].address_be == address_be)
-			return number - 1;
+		at = (at + 1) & mask;
 	}
+	return policy->address_slot[at].number - 1;
 }
 
 /* The static mapping of this inside (side 0) or outside (side 1) address, port and protocol; NULL if there is
