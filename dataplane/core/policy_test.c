@@ -49,8 +49,9 @@ int main(void)
 			if (n && probe % 3 == 0) {
 				/* just inside or just outside a boundary */
 				const struct nat_prefix *edge = &zone[r % n].source;
-				source = (edge->address & (uint32_t)(UINT64_MAX << (32 - edge->length_bits))) +
-					 (uint32_t)(r >> 40) % 3 - 1;
+				source =
+					(edge->address & (uint32_t)(UINT64_MAX << (32 - edge->length_bits))) +
+					(uint32_t)(r >> 40) % 3 - 1;
 			}
 			const uint32_t destination = ADDRESS(192, 0, 2, 0) + (uint32_t)(r >> 32) % 512;
 			assert(nat_policy_zone(policy, source, destination) ==
