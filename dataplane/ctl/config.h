@@ -64,5 +64,7 @@ const char *config_filtering_word(enum nat_filtering filtering);
 const char *config_select_word(enum nat_select select);
 const char *config_announce_word(enum nat_announce announce);
 const char *config_action_word(enum nat_action action);
+const char *config_midflow_word(enum nat_midflow midflow);
+const char *config_refusal_word(enum nat_refusal refusal);
 
 #endif

@@ -72,6 +72,16 @@ const char *config_action_word(enum nat_action action)
 	return action_words[action];
 }
 
+const char *config_midflow_word(enum nat_midflow midflow)
+{
+	return midflow_words[midflow];
+}
+
+const char *config_refusal_word(enum nat_refusal refusal)
+{
+	return refusal_words[refusal];
+}
+
 /* ---- sections ---- */
 
 static void read_engine(struct config *config, const struct node *node)

@@ -3,6 +3,7 @@
  *	request.c            which requests there are; reload, status, version
  *	request_sessions.c   show sessions, clear: filters and pages
  *	request_show.c       counters, pools, zones, workers, ports
+ *	request_config.c     show config, plan
  *
  * The tables belong to the workers. What is wanted of them is asked in steps: a step runs on the worker
  * between two bursts (request_on_worker), copies a bounded number of records into memory of the control
@@ -130,7 +131,7 @@ bool request_read_count(struct request_context *c, const char *key, uint32_t mos
 
 /* ---- reload, status, version ---- */
 
-static json_t *problems_json(const struct config *config)
+json_t *request_problems_json(const struct config *config)
 {
 	json_t *list = json_array();
 
@@ -146,7 +147,7 @@ static json_t *problems_json(const struct config *config)
 }
 
 /* The answer of a refused file holds all problems: the operator corrects them in one go. */
-static json_t *refuse_file(struct request_context *c, const struct config *config)
+json_t *request_refuse_file(struct request_context *c, const struct config *config)
 {
 	for (uint32_t i = 0; i < config->n_problems; i++) {
 		const struct config_problem *p = &config->problems[i];
@@ -159,7 +160,7 @@ static json_t *refuse_file(struct request_context *c, const struct config *confi
 			request_refuse(c, "%s: %s", config->path, p->text);
 		break;
 	}
-	return json_pack("{s:o}", "problems", problems_json(config));
+	return json_pack("{s:o}", "problems", request_problems_json(config));
 }
 
 static json_t *reload(struct request_context *c)
@@ -175,7 +176,7 @@ static json_t *reload(struct request_context *c)
 		return request_refuse(c, "this program cannot reload its configuration");
 	next = config_load(running->path, c->ops->config_flags);
 	if (next->n_errors) {
-		answer = refuse_file(c, next);
+		answer = request_refuse_file(c, next);
 		config_free(next);
 		return answer;
 	}
@@ -184,7 +185,7 @@ static json_t *reload(struct request_context *c)
 		return NULL;
 	}
 	answer = json_pack("{s:o, s:o, s:o}", "pools", request_number(next->nat.n_pools), "zones",
-			   request_number(next->nat.n_zones), "problems", problems_json(next));
+			   request_number(next->nat.n_zones), "problems", request_problems_json(next));
 	if (!c->ops->apply(c->ops->context, next, c->why, sizeof(c->why))) {
 		if (!c->why[0])
 			request_refuse(c, "the new configuration could not be put into force");
@@ -228,7 +229,7 @@ static json_t *status(struct request_context *c)
 	json_object_set_new(answer, "sessions", request_number(sum.sessions));
 	json_object_set_new(answer, "max_sessions", request_number(config->nat.max_sessions));
 	json_object_set_new(answer, "equation", json_boolean(equation));
-	json_object_set_new(answer, "problems", problems_json(config));
+	json_object_set_new(answer, "problems", request_problems_json(config));
 	return answer;
 }
 
@@ -243,13 +244,15 @@ static json_t *show(struct request_context *c)
 		{"sessions", request_show_sessions}, {"pools", request_show_pools},
 		{"zones", request_show_zones},       {"counters", request_show_counters},
 		{"workers", request_show_workers},   {"ports", request_show_ports},
+		{"config", request_show_config},
 	};
 	const char *what = json_string_value(json_object_get(c->request, "what"));
 
 	for (size_t i = 0; what && i < COUNT(whats); i++)
 		if (!strcmp(what, whats[i].what))
 			return whats[i].answer(c);
-	return request_refuse(c, "\"what\" must be sessions, pools, zones, counters, workers or ports");
+	return request_refuse(c,
+			      "\"what\" must be sessions, pools, zones, counters, workers, ports or config");
 }
 
 static json_t *dispatch(struct request_context *c)
@@ -257,11 +260,8 @@ static json_t *dispatch(struct request_context *c)
 	static const struct {
 		const char *cmd;
 		json_t *(*answer)(struct request_context *c);
-	} cmds[] = {{"show", show},
-		    {"clear", request_clear},
-		    {"reload", reload},
-		    {"status", status},
-		    {"version", version}};
+	} cmds[] = {{"show", show},     {"clear", request_clear}, {"plan", request_plan},
+		    {"reload", reload}, {"status", status},       {"version", version}};
 	const char *cmd;
 
 	if (!json_is_object(c->request))
@@ -270,7 +270,7 @@ static json_t *dispatch(struct request_context *c)
 	for (size_t i = 0; cmd && i < COUNT(cmds); i++)
 		if (!strcmp(cmd, cmds[i].cmd))
 			return cmds[i].answer(c);
-	return request_refuse(c, "\"cmd\" must be show, clear, reload, status or version");
+	return request_refuse(c, "\"cmd\" must be show, clear, plan, reload, status or version");
 }
 
 json_t *request_answer_json(const struct request_ops *ops, const json_t *request)
@@ -299,8 +299,7 @@ char *request_answer(const struct request_ops *ops, const char *line, size_t lin
 	char *text;
 
 	if (line_bytes > REQUEST_BYTES_MAX)
-		return strdup(
-			"{\"ok\":false,\"error\":\"the request is too long; at most 65536 bytes are read\"}");
+		return strdup("{\"ok\":false,\"error\":\"the request is too long; at most 4 MiB are read\"}");
 	request = json_loadb(line, line_bytes, JSON_REJECT_DUPLICATES, &error);
 	if (!request)
 		return strdup("{\"ok\":false,\"error\":\"the request is not JSON; send one object per line, "

@@ -3,8 +3,8 @@
  * The same function answers clients of dsnatd's socket and the {"ctl":...} lines of dsnat-replay. It knows
  * nothing of threads: struct request_ops is all it may ask of the program around it. Requests:
  *
- *	{"cmd":"show","what":"sessions|pools|zones|counters|ports|workers", ...filters}
- *	{"cmd":"clear", ...filters}   {"cmd":"reload"}   {"cmd":"status"}   {"cmd":"version"}
+ *	{"cmd":"show","what":"sessions|pools|zones|counters|ports|workers|config", ...}
+ *	{"cmd":"clear", ...filters}   {"cmd":"plan","text":"..."}   {"cmd":"reload"}   {"cmd":"status"}   {"cmd":"version"}
  *
  * An answer is {"ok":true,...} or {"ok":false,"error":"one sentence"}.
  */
@@ -15,7 +15,7 @@
 
 struct json_t;
 
-#define REQUEST_BYTES_MAX 65536u /* a longer line is answered with an error */
+#define REQUEST_BYTES_MAX (4u << 20) /* a longer line is answered with an error */
 
 /* What a worker is doing; the program fills in what it knows and leaves the rest 0. */
 struct request_worker {

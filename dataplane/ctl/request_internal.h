@@ -37,6 +37,16 @@ json_t *request_prefix_json(struct nat_prefix prefix);
 /* Counters of all workers; *equation: it holds on each of them. */
 bool request_sum_counters(struct request_context *c, struct nat_counters *sum, bool *equation);
 
+/* "WORKER:POSITION" of an earlier answer; leaves both alone when there is none. */
+bool request_read_cursor(struct request_context *c, uint32_t *worker, uint64_t *position);
+void request_add_cursor(json_t *answer, const struct request_ops *ops, uint32_t worker, uint64_t position);
+
+const char *request_protocol_name(uint8_t protocol);
+
+/* For a file with errors: the answer holds all of them, and its sentence is the first. */
+json_t *request_refuse_file(struct request_context *c, const struct config *config);
+json_t *request_problems_json(const struct config *config);
+
 /* The handlers. */
 json_t *request_show_sessions(struct request_context *c);
 json_t *request_show_counters(struct request_context *c);
@@ -44,6 +54,8 @@ json_t *request_show_pools(struct request_context *c);
 json_t *request_show_zones(struct request_context *c);
 json_t *request_show_workers(struct request_context *c);
 json_t *request_show_ports(struct request_context *c);
+json_t *request_show_config(struct request_context *c);
+json_t *request_plan(struct request_context *c);
 json_t *request_clear(struct request_context *c);
 
 #endif

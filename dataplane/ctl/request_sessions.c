@@ -34,7 +34,7 @@ static const struct {
 	uint8_t protocol;
 } protocols[] = {{"tcp", IPPROTO_TCP}, {"udp", IPPROTO_UDP}, {"icmp", IPPROTO_ICMP}};
 
-static const char *protocol_name(uint8_t protocol)
+const char *request_protocol_name(uint8_t protocol)
 {
 	for (size_t i = 0; i < COUNT(protocols); i++)
 		if (protocols[i].protocol == protocol)
@@ -216,7 +216,7 @@ static struct step *new_step(struct request_context *c, const struct filter *fil
 }
 
 /* "WORKER:POSITION", as an earlier answer gave it in "next". */
-static bool read_cursor(struct request_context *c, uint32_t *worker, uint64_t *position)
+bool request_read_cursor(struct request_context *c, uint32_t *worker, uint64_t *position)
 {
 	const char *text = NULL;
 	char tail;
@@ -229,7 +229,7 @@ static bool read_cursor(struct request_context *c, uint32_t *worker, uint64_t *p
 	return false;
 }
 
-static void add_cursor(json_t *answer, const struct request_ops *ops, uint32_t worker, uint64_t position)
+void request_add_cursor(json_t *answer, const struct request_ops *ops, uint32_t worker, uint64_t position)
 {
 	char text[64];
 
@@ -289,7 +289,7 @@ static void add_sessions(void *argument, const struct step *step)
 		const char *pool = pool_name(step, v->pool_id);
 		json_t *one =
 			json_pack("{s:s, s:o, s:o, s:o, s:s, s:o, s:o, s:o, s:o, s:o}", "protocol",
-				  protocol_name(v->inside.protocol), "inside",
+				  request_protocol_name(v->inside.protocol), "inside",
 				  end_json(v->inside.local_be, v->inside.local_port_be), "outside",
 				  end_json(v->out_addr_be, v->out_port_be), "remote",
 				  end_json(v->inside.remote_be, v->inside.remote_port_be), "state", v->state,
@@ -333,7 +333,7 @@ json_t *request_show_sessions(struct request_context *c)
 	json_t *answer = NULL;
 
 	if (!request_only_keys(c, keys, COUNT(keys)) || !read_filter(c, &filter) ||
-	    !request_read_count(c, "limit", PAGE_MAX, &limit) || !read_cursor(c, &worker, &cursor))
+	    !request_read_count(c, "limit", PAGE_MAX, &limit) || !request_read_cursor(c, &worker, &cursor))
 		return NULL;
 	step = new_step(c, &filter);
 	if (!step)
@@ -342,7 +342,7 @@ json_t *request_show_sessions(struct request_context *c)
 	page.list = json_array();
 	if (load_zone_ids(c, &zones) && walk(c, step, &worker, limit, add_sessions, &page)) {
 		answer = json_pack("{s:O}", "sessions", page.list);
-		add_cursor(answer, c->ops, worker, step->cursor);
+		request_add_cursor(answer, c->ops, worker, step->cursor);
 	}
 	json_decref(page.list);
 	free(zones.index_of);
@@ -369,7 +369,7 @@ json_t *request_clear(struct request_context *c)
 	json_t *answer = NULL;
 
 	if (!request_only_keys(c, keys, COUNT(keys)) || !read_filter(c, &filter) ||
-	    !request_read_flag(c, "all", &all) || !read_cursor(c, &worker, &cursor))
+	    !request_read_flag(c, "all", &all) || !request_read_cursor(c, &worker, &cursor))
 		return NULL;
 	if (!filter.any && !all)
 		return request_refuse(
@@ -382,7 +382,7 @@ json_t *request_clear(struct request_context *c)
 	step->clear = true;
 	if (walk(c, step, &worker, UINT32_MAX, count_cleared, &cleared)) {
 		answer = json_pack("{s:o}", "cleared", request_number(cleared));
-		add_cursor(answer, c->ops, worker, step->cursor);
+		request_add_cursor(answer, c->ops, worker, step->cursor);
 	}
 	free(step);
 	return answer;

@@ -30,6 +30,7 @@
 #define CLIENTS_MAX 64
 #define STALL_S     10
 #define EVENTS      32
+#define LINE_BYTES  4096 /* what a client costs that asks short questions */
 
 struct client {
 	int fd;       /* -1: free */
@@ -37,8 +38,8 @@ struct client {
 	char *answer; /* NULL: READING */
 	size_t answer_bytes, written;
 	time_t moved_s; /* when the client last took a byte */
-	size_t used;
-	char line[REQUEST_BYTES_MAX + 1];
+	char *line;     /* grows with the request */
+	size_t used, room;
 };
 
 struct socket_server {
@@ -86,6 +87,7 @@ static void drop(struct socket_server *s, uint32_t slot)
 
 	close(client->fd); /* leaves the epoll set with it */
 	free(client->answer);
+	free(client->line);
 	free(client);
 	s->clients[slot] = NULL;
 }
@@ -190,11 +192,30 @@ static bool answer_lines(struct socket_server *s, uint32_t slot)
 	return true;
 }
 
+/* At least one free byte behind what is there. A request that ends gives the memory back. */
+static bool make_room(struct client *client)
+{
+	size_t room = client->used ? client->used * 2 : LINE_BYTES;
+	char *line;
+
+	if (client->room > client->used && (client->used || client->room == LINE_BYTES))
+		return true;
+	line = realloc(client->line, room);
+	if (!line)
+		return false;
+	client->line = line;
+	client->room = room;
+	return true;
+}
+
 static bool read_lines(struct socket_server *s, uint32_t slot)
 {
 	struct client *client = s->clients[slot];
-	ssize_t got = recv(client->fd, client->line + client->used, sizeof(client->line) - client->used, 0);
+	ssize_t got;
 
+	if (!make_room(client))
+		return false;
+	got = recv(client->fd, client->line + client->used, client->room - client->used, 0);
 	if (got < 0)
 		return errno == EAGAIN || errno == EINTR;
 	if (got == 0)

@@ -240,7 +240,7 @@ def test_a_malformed_request_is_answered_with_an_error(engine: Bench, path: Path
 
 def test_a_request_that_is_too_long_is_refused_and_the_client_dropped(engine: Bench, path: Path) -> None:
     with connect(path) as client:
-        client.sendall(b" " * 65537)
+        client.sendall(b" " * ((4 << 20) + 1))
         answer = client.makefile().readline()
         assert json.loads(answer)["error"].startswith("the request is too long")
         assert client.recv(1) == b""
