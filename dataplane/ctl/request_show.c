@@ -224,9 +224,9 @@ static json_t *address_json(const struct nat_address_view *v)
 	char address[INET_ADDRSTRLEN];
 
 	inet_ntop(AF_INET, &v->address_be, address, sizeof(address));
-	return json_pack("{s:s, s:o, s:o, s:o, s:b}", "address", address, "sessions",
+	return json_pack("{s:s, s:o, s:o, s:o, s:b, s:b}", "address", address, "sessions",
 			 request_number(v->sessions), "created", request_number(v->created), "refused",
-			 request_number(v->refused), "draining", v->draining);
+			 request_number(v->refused), "draining", v->draining, "reserved", v->reserved);
 }
 
 static json_t *pool_json(const struct nat_pool_config *pool, const struct nat_policy *policy, uint32_t index,

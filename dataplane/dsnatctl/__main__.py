@@ -24,6 +24,7 @@ VIEWS: dict[str, Callable[[Json], Iterator[str]]] = {
     "counters": show.counters,
     "workers": show.workers,
     "ports": show.ports,
+    "config": show.config,
 }
 
 
@@ -99,6 +100,71 @@ def do_reload(arguments: argparse.Namespace) -> int:
 def do_status(arguments: argparse.Namespace) -> int:
     with Engine(arguments.socket) as engine:
         tell(engine.ask(cmd="status"), show.status, as_json=arguments.json)
+    return 0
+
+
+def do_who(arguments: argparse.Namespace) -> int:
+    """Whose is this public address and port?"""
+    with Engine(arguments.socket) as engine:
+        found = [
+            session
+            for answer in engine.pages(cmd="show", what="sessions", outside=arguments.outside)
+            for session in answer["sessions"]
+        ]
+    if arguments.json:
+        print(json.dumps({"ok": True, "sessions": found}))
+        return 0 if found else FAILED
+    for one in found:
+        print(
+            f"{one['inside']} has had {one['outside']} for {one['age_s']} s "
+            f"({one['protocol']} to {one['remote']}, {one['state']})"
+        )
+    if not found:
+        print(f"dsnatctl: nobody has {arguments.outside} now", file=sys.stderr)
+    return 0 if found else FAILED
+
+
+def do_rfc(arguments: argparse.Namespace) -> int:
+    from dsnatctl import rfc
+
+    with Engine(arguments.socket) as engine:
+        answer = engine.ask(cmd="show", what="config")
+    if arguments.json:
+        found = rfc.given_up(answer["config"])
+        print(
+            json.dumps(
+                {
+                    "ok": True,
+                    "given_up": [dict(zip(("setting", "clauses", "why"), one, strict=True)) for one in found],
+                }
+            )
+        )
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in rfc.lines(answer))
+    return 0
+
+
+def do_plan(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from dsnatctl import plan
+
+    try:
+        text = Path(arguments.file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{arguments.file} cannot be read ({error}); give a configuration file") from error
+    with Engine(arguments.socket) as engine:
+        try:
+            answer = plan.ask(engine, arguments.file, text)
+        except Refused as refused:
+            if "problems" not in refused.answer:
+                raise
+            if arguments.json:
+                print(json.dumps(refused.answer))
+            sys.stderr.writelines(f"{line}\n" for line in show.problems(refused.answer))
+            return USAGE
+    sys.stderr.writelines(f"{line}\n" for line in show.problems(answer))
+    tell(answer, plan.lines, as_json=arguments.json)
     return 0
 
 
@@ -179,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
         one.set_defaults(run=run)
         return one
 
-    whats = verbs.add_parser("show", help="sessions, pools, zones, counters, workers or ports")
+    whats = verbs.add_parser("show", help="sessions, pools, zones, counters, workers, ports or config")
     what = whats.add_subparsers(metavar="WHAT", dest="what", required=True)
     for name in ("sessions", *VIEWS):
         one = what.add_parser(name, parents=[common])
@@ -195,6 +261,11 @@ def parser() -> argparse.ArgumentParser:
     clear = verb("clear", do_clear, "end sessions")
     add_filters(clear)
     clear.add_argument("--all", action="store_true", help="every session")
+    who = verb("who", do_who, "which host has a public address and port now")
+    who.add_argument("outside", metavar="ADDRESS[:PORT]")
+    plan = verb("plan", do_plan, "what a configuration file would change, and whose sessions")
+    plan.add_argument("file", metavar="FILE")
+    verb("rfc", do_rfc, "which clauses of the NAT RFCs the running settings give up")
     release = verb(
         "release", do_release, "remove the fail-closed rules and twins that a stopped engine leaves"
     )

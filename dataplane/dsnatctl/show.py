@@ -59,7 +59,7 @@ def pools(answer: Json) -> Iterator[str]:
                 a["sessions"],
                 a["created"],
                 a["refused"],
-                "draining" if a["draining"] else "",
+                "draining" if a["draining"] else "static" if a.get("reserved") else "",
             )
             for a in pool["addresses"]
         ]
@@ -177,6 +177,30 @@ def ports(answer: Json) -> Iterator[str]:
         )
     head = ("port", "role", "path", "device", "link", "twin")
     yield from table((*head, "rx", "missed", "errors", "tx", "tx errors", "mtu", "queues"), rows, left=6)
+
+
+def config(answer: Json) -> Iterator[str]:
+    """As YAML that dsnatd takes: every value is a scalar or a list of scalars or maps."""
+    yield f"# in force, defaults included; read from {answer['file']}"
+    yield from _yaml(answer["config"])
+
+
+def _yaml(config: Json) -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, list):
+            yield f"{key}:" if value else f"{key}: []"
+            yield from (f"  - {_flow(one)}" for one in value)
+        else:
+            yield f"{key}: {_flow(value)}"
+
+
+def _flow(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_flow, value)) + "]"
+    # a PCI address has colons, a DPDK device commas; nothing in the file needs more than quotes
+    return f'"{value}"' if isinstance(value, str) and set(value) & set(":,") else str(value)
 
 
 def status(answer: Json) -> Iterator[str]:
