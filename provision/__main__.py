@@ -683,7 +683,8 @@ def import_(
 ) -> None:
     """Print fleet.yaml for dsnat's own files: keepalived.conf (both nodes'), rc.local, ipvsadm -S.
 
-    What could not be carried over is named on standard error. Gateways are called gw1, gw2 in the order of files.
+    What could not be carried over is named on standard error. Gateways are called gw1, gw2 in the
+    order of files.
     """
     from provision.dsnat import import_files
 

@@ -422,7 +422,8 @@ class Fleet(Model):
 
     def service_of(self, name: str) -> Service:
         gateway = self.gateways[name]
-        return self.pairs[gateway.pair] if gateway.pair is not None else gateway
+        # A pair that does not exist is validate.py's to report; until then the gateway stands alone.
+        return self.pairs.get(gateway.pair or "", gateway)
 
     def members(self, pair: str) -> list[str]:
         return [name for name, gateway in self.gateways.items() if gateway.pair == pair]

@@ -1,0 +1,317 @@
+"""Pushing with gateways in memory: what is reported is what happened, whatever the network does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from provision.agent import PROTOCOL, Agent, Refused
+from provision.plan import Change, Running, plan
+from provision.push import (
+    AgentRefused,
+    Budget,
+    Order,
+    Remote,
+    Result,
+    gather,
+    push_all,
+    push_one,
+    units,
+    waves,
+    witnesses,
+)
+from provision.render import render
+from provision.ssh import LostInFlight, Throttled, Unreachable
+from tests.provision.conftest import LONE, PAIR, Reader, changed
+from tests.provision.machine import FakeMachine
+
+VIPS = ["100.64.0.1", "198.51.100.1"]
+
+
+class Lab:
+    """Gateways in memory and the network to them. Time passes only when somebody waits."""
+
+    def __init__(self, home: Path, names: list[str]) -> None:
+        self.machines = {name: FakeMachine(home / name) for name in names}
+        self.master: str | None = names[0]
+        self.asked: list[tuple[str, str]] = []
+        self.dials = dict.fromkeys(names, 0)
+        self.fault: Callable[[str, str], None] = lambda name, verb: None
+
+    @contextmanager
+    def dial(self, name: str) -> Iterator[Remote]:
+        self.fault(name, "dial")
+        self.dials[name] += 1
+        machine = self.machines[name]
+        machine.now += 0.01
+        machine.connection = machine.now
+        machine.now += 0.01
+        yield Asked(self, name)
+
+    def nap(self, seconds: float) -> None:
+        for machine in self.machines.values():
+            machine.now += seconds
+            machine.undo_runs()
+
+    def now(self) -> float:
+        return next(iter(self.machines.values())).now
+
+
+class Asked:
+    def __init__(self, lab: Lab, name: str) -> None:
+        self.lab, self.name = lab, name
+        self.machine = lab.machines[name]
+        self.opened = self.machine.connection
+
+    def ask(self, request: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        verb = str(request["do"])
+        self.lab.asked.append((self.name, verb))
+        self.lab.fault(self.name, verb)
+        self.machine.connection = self.opened
+        try:
+            answer = Agent(self.machine).answer({"protocol": PROTOCOL, **request})
+        except Refused as refused:
+            raise AgentRefused(refused.kind, str(refused)) from refused
+        finally:
+            self.lab.fault(self.name, f"after {verb}")
+        if verb == "facts":
+            held = VIPS if self.lab.master == self.name else []
+            answer["addresses"] = {"outside0": held}
+            answer["units"] = {"keepalived": "active"}
+        return answer
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path, ["gw1", "gw2"])
+
+
+def push(lab: Lab, read: Reader, text: str = LONE, name: str = "gw1", **order: Any) -> Result:
+    fleet, _ = read(text)
+    rendered = render(fleet, name, secret=lambda reference: "x")
+    found = gather([name], lab.dial, jobs=1)[name]
+    assert isinstance(found, Running)
+    (change,) = plan({name: rendered}, {name: found}).changes
+    witness = witnesses(fleet, name, rendered, lab.dial)
+    options = Order("alice", "p", **{"window_s": 30, **order})
+    return push_one(change, rendered, lab.dial, options, witness=witness, now=lab.now, nap=lab.nap)
+
+
+def fail_on(*steps: str, times: int = 1, error: Exception | None = None) -> Callable[[str, str], None]:
+    left = dict.fromkeys(steps, times)
+
+    def fault(name: str, verb: str) -> None:
+        if left.get(verb, 0):
+            left[verb] -= 1
+            raise error or LostInFlight("the connection ended")
+
+    return fault
+
+
+def test_a_push_stages_applies_dials_again_and_confirms(lab: Lab, read: Reader) -> None:
+    result = push(lab, read)
+    assert (result.outcome, result.generation) == ("confirmed", 1)
+    assert [verb for _, verb in lab.asked] == ["facts", "stage", "apply", "facts", "confirm"]
+    assert lab.dials["gw1"] == 3
+    assert lab.machines["gw1"].live() == 1
+
+
+def test_an_answer_lost_after_the_change_is_looked_for(lab: Lab, read: Reader) -> None:
+    lab.fault = fail_on("after apply")
+    assert push(lab, read).outcome == "confirmed"
+
+
+def test_an_answer_lost_after_the_confirmation_is_looked_for(lab: Lab, read: Reader) -> None:
+    lab.fault = fail_on("after confirm")
+    assert push(lab, read).outcome == "confirmed"
+    assert lab.machines["gw1"].live() == 1
+
+
+def test_a_change_that_cuts_itself_off_comes_back_and_says_so(lab: Lab, read: Reader) -> None:
+    def fault(name: str, verb: str) -> None:
+        if verb == "dial" and lab.machines["gw1"].live() == 1:
+            raise Unreachable("no route")
+
+    lab.fault = fault
+    result = push(lab, read)
+    assert result.outcome == "reverted"
+    assert "nobody confirmed it in time" in result.text
+    assert lab.machines["gw1"].live() == 0
+
+
+def test_a_gateway_that_never_comes_back_is_a_failure_and_not_a_guess(lab: Lab, read: Reader) -> None:
+    def fault(name: str, verb: str) -> None:
+        if verb == "dial" and ("gw1", "apply") in lab.asked:
+            raise Unreachable("no route")
+
+    lab.fault = fault
+    result = push(lab, read)
+    assert result.outcome == "failed"
+    assert "not known whether the change was kept: no route" in result.text
+
+
+def test_a_witness_that_never_agrees_has_the_change_undone(lab: Lab, read: Reader) -> None:
+    lab.master = None
+    result = push(lab, read)
+    assert result.outcome == "reverted"
+    assert "does not hold its VRRP addresses" in result.text
+    assert lab.machines["gw1"].live() == 0
+
+
+def test_a_witness_that_agrees_late_is_waited_for(lab: Lab, read: Reader) -> None:
+    lab.master = None
+    nap = lab.nap
+
+    def nap_and_become_master(seconds: float) -> None:
+        nap(seconds)
+        if lab.now() > 110:
+            lab.master = "gw1"
+
+    lab.nap = nap_and_become_master  # type: ignore[method-assign]
+    assert push(lab, read).outcome == "confirmed"
+
+
+def test_both_masters_is_not_health(lab: Lab, read: Reader) -> None:
+    push(lab, read, PAIR)
+    original = Asked.ask
+
+    def both(self: Asked, request: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        lab.master = self.name
+        return original(self, request, deadline_s=deadline_s)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Asked, "ask", both)
+        result = push(lab, read, PAIR, "gw2")
+    assert result.outcome == "reverted"
+    assert "both of the pair hold the VRRP addresses" in result.text
+
+
+def test_a_pair_whose_peer_is_down_can_still_be_changed(lab: Lab, read: Reader) -> None:
+    def fault(name: str, verb: str) -> None:
+        if name == "gw2":
+            raise Unreachable("gw2 is down")
+
+    lab.fault = fault
+    assert push(lab, read, PAIR).outcome == "confirmed"
+
+
+def test_what_is_left_pending_is_said_to_be(lab: Lab, read: Reader) -> None:
+    result = push(lab, read, confirm=False)
+    assert (result.outcome, result.good) == ("pending", True)
+    assert lab.machines["gw1"].live() == 1
+    lab.nap(31)
+    assert lab.machines["gw1"].live() == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (Unreachable("no route"), "unreached"),
+        (Throttled("later", 1), "unreached"),
+        (LostInFlight("the connection ended"), "failed"),
+    ],
+)
+def test_an_error_before_the_change_leaves_it_unmade(
+    lab: Lab, read: Reader, error: Exception, outcome: str
+) -> None:
+    lab.fault = fail_on("stage", error=error)
+    assert push(lab, read).outcome == outcome
+    assert lab.machines["gw1"].live() == 0
+
+
+def test_two_operators_do_not_overwrite_each_other(lab: Lab, read: Reader) -> None:
+    machine = lab.machines["gw1"]
+
+    def somebody_else(name: str, verb: str) -> None:
+        if verb == "stage":
+            lab.fault = lambda name, verb: None
+            request = {"protocol": PROTOCOL, "do": "stage", "base": 0, "owner": "bob"}
+            Agent(machine).answer({**request, "files": {"dsnatd.yaml": {"text": "x"}}})
+
+    lab.fault = somebody_else
+    result = push(lab, read)
+    assert result.outcome == "locked"
+    assert "bob" in result.text
+
+
+# ---- the order of a fleet
+# ----------------------------------------------------------------------------------------
+
+
+def change(name: str) -> Change:
+    return Change(name, 0, "", (), ())
+
+
+def run_all(ordered: list[list[list[Change]]], bad: set[str], *, allowed: int = 0) -> dict[str, str]:
+    def one(c: Change) -> Result:
+        return Result(c.gateway, "failed" if c.gateway in bad else "confirmed")
+
+    found = push_all(ordered, one, jobs=4, budget=Budget(allowed), stop=threading.Event())
+    return {result.gateway: result.outcome for result in found}
+
+
+def test_the_backup_of_a_pair_goes_first_whatever_the_priorities_say(read: Reader) -> None:
+    fleet, _ = read(PAIR)
+    running = {
+        n: Running(n, {"generation": 0, "addresses": {"x": VIPS if n == "gw2" else []}})
+        for n in fleet.gateways
+    }
+    ((first, second),) = units(fleet, [change("gw1"), change("gw2")], running)
+    assert (first.gateway, second.gateway) == ("gw1", "gw2")  # gw2 has the lower priority and is master now
+
+
+def test_the_master_is_left_alone_when_its_backup_failed() -> None:
+    assert run_all([[[change("backup"), change("master")]]], {"backup"}, allowed=5) == {
+        "backup": "failed",
+        "master": "skipped",
+    }
+
+
+def test_a_spent_budget_leaves_the_rest_alone() -> None:
+    ordered = waves([[change(f"gw{n}")] for n in range(20)], 10)
+    assert [len(wave) for wave in ordered] == [1, 2, 17]
+    found = run_all(ordered, {"gw0"})
+    assert found["gw0"] == "failed"
+    assert {found[f"gw{n}"] for n in range(1, 20)} == {"skipped"}
+
+
+def test_a_budget_that_is_not_spent_lets_the_run_go_on() -> None:
+    ordered = waves([[change(f"gw{n}")] for n in range(20)], 10)
+    found = run_all(ordered, {"gw0", "gw5"}, allowed=2)
+    assert sum(outcome == "confirmed" for outcome in found.values()) == 18
+
+
+def test_an_interrupted_run_begins_nothing_new() -> None:
+    stop = threading.Event()
+
+    def one(c: Change) -> Result:
+        stop.set()
+        return Result(c.gateway, "confirmed")
+
+    ordered = waves([[change(f"gw{n}")] for n in range(3)], 10)
+    found = push_all(ordered, one, jobs=1, budget=Budget(0), stop=stop)
+    assert [result.outcome for result in found] == ["confirmed", "skipped", "skipped"]
+
+
+def test_a_defect_of_ours_loses_no_other_result() -> None:
+    def one(c: Change) -> Result:
+        raise ZeroDivisionError
+
+    (result,) = push_all([[[change("gw1")]]], one, jobs=1, budget=Budget(0), stop=threading.Event())
+    assert result.outcome == "failed"
+
+
+def test_a_plan_that_was_made_for_another_generation_is_stale(lab: Lab, read: Reader) -> None:
+    fleet, _ = read(LONE)
+    rendered = render(fleet, "gw1", secret=lambda reference: "x")
+    found = gather(["gw1"], lab.dial, jobs=1)["gw1"]
+    assert isinstance(found, Running)
+    (old,) = plan({"gw1": rendered}, {"gw1": found}).changes
+    push(lab, read, changed(LONE, ("id: 10", "id: 11")))
+    result = push_one(old, rendered, lab.dial, Order("alice", "p"), witness=lambda running: None)
+    assert result.outcome == "stale"
