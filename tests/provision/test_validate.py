@@ -70,8 +70,8 @@ CASES: dict[str, tuple[str, list[tuple[str, str]], str]] = {
     "pools that overlap": (
         LONE,
         [("gateways:\n", "  office: {addresses: [203.0.113.0/30]}\ngateways:\n")],
-        'pools "office" and "home" both own 203.0.113.1-203.0.113.3; give each address to one pool (the other is at '
-        "fleet.yaml:4:",
+        'pools "office" and "home" both own 203.0.113.1-203.0.113.3; give each address to one pool '
+        "(the other is at fleet.yaml:4:",
     ),
     "an address twice in a pool": (
         LONE,
