@@ -168,6 +168,28 @@ def do_plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def do_metrics(arguments: argparse.Namespace) -> int:
+    from dsnatctl import metrics
+
+    host, _, port = arguments.listen.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"--listen is {arguments.listen!r}; write ADDRESS:PORT such as 0.0.0.0:9732")
+    if arguments.once:
+        sys.stdout.write(metrics.scrape(arguments.socket))
+        return 0
+    try:
+        server = metrics.Server((host, int(port)), arguments.socket)
+    except OSError as error:
+        print(
+            f"dsnatctl: cannot listen on {arguments.listen} ({error.strerror}); free the port",
+            file=sys.stderr,
+        )
+        return FAILED
+    with server:
+        server.serve_forever()
+    return 0
+
+
 def do_version(arguments: argparse.Namespace) -> int:
     def line(answer: Json) -> Iterator[str]:
         yield f"{answer['program']} {answer['version']}"
@@ -266,6 +288,9 @@ def parser() -> argparse.ArgumentParser:
     plan = verb("plan", do_plan, "what a configuration file would change, and whose sessions")
     plan.add_argument("file", metavar="FILE")
     verb("rfc", do_rfc, "which clauses of the NAT RFCs the running settings give up")
+    metrics = verb("metrics", do_metrics, "serve the engine's figures to Prometheus")
+    metrics.add_argument("--listen", default=":9732", metavar="[ADDRESS]:PORT", help="default :9732")
+    metrics.add_argument("--once", action="store_true", help="print them once instead")
     release = verb(
         "release", do_release, "remove the fail-closed rules and twins that a stopped engine leaves"
     )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from dsnatctl import release, show
+from dsnatctl import metrics, release, show
 from dsnatctl.__main__ import main
 from tests.packet import tcp, udp
 from tests.replay import CONFIG, Bench, outside
@@ -437,3 +441,63 @@ def test_rfc_says_what_the_settings_give_up(engine: Bench, ctl: Ctl, tmp_path: P
         "timeouts: tcp_established: 900s",
         "refusal: icmp-admin",
     ]
+
+
+SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z]+="(?:[^"\\\n]|\\.)*",?)+)\})? (-?[0-9.e+]+)')
+
+
+def samples(text: str) -> dict[tuple[str, str], float]:
+    """The page, read as strictly as Prometheus does: one HELP and TYPE before the samples of a metric."""
+    found: dict[tuple[str, str], float] = {}
+    kinds: dict[str, str] = {}
+    last = ""
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, last, kind = line.split()
+            assert last not in kinds, f"{last} has two types"
+            kinds[last] = kind
+        elif not line.startswith("#"):
+            match = SAMPLE.fullmatch(line)
+            assert match, line
+            assert match[1] == last, f"{line} stands apart from its TYPE"
+            assert match[1].endswith("_total") == (kinds[last] == "counter"), line
+            assert (match[1], match[2]) not in found, f"{line} is there twice"
+            found[match[1], match[2] or ""] = float(match[3])
+    return found
+
+
+def test_metrics_are_served_to_prometheus_and_agree_with_the_counters(engine: Bench, path: Path) -> None:
+    engine.send(udp("100.64.0.2:40000 > 198.51.100.1:5000"))
+    engine.send(udp("192.168.7.7:40000 > 198.51.100.1:53"))
+    with metrics.Server(("127.0.0.1", 0), str(path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{server.server_address[1]}"
+        with urllib.request.urlopen(f"{where}/metrics", timeout=20) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            found = samples(answer.read().decode())
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{where}/", timeout=20)
+        server.shutdown()
+    assert found["dsnat_up", ""] == 1
+    assert found["dsnat_equation_holds", ""] == 1
+    assert found["dsnat_packets_total", 'worker="0",result="received"'] == 2
+    assert found["dsnat_reason_packets_total", 'worker="0",reason="no_zone"'] == 1
+    assert found["dsnat_sessions", 'worker="0"'] == 1
+    assert found["dsnat_address_sessions", 'pool="g1",address="203.0.113.1"'] == 1
+    assert (
+        found["dsnat_zone_sessions_created_total", 'zone="1",source="100.64.0.0/16",destination="any"'] == 1
+    )
+
+
+def test_metrics_of_an_engine_that_is_gone_say_so(ctl: Ctl) -> None:
+    status, out, _ = ctl("metrics", "--once")
+    assert status == 0
+    assert samples(out) == {("dsnat_up", ""): 0}
+    assert "dsnatd does not run" in out
+
+
+def test_a_generation_is_the_number_that_the_link_ends_in(tmp_path: Path) -> None:
+    (tmp_path / "generations/17").mkdir(parents=True)
+    (tmp_path / "dsnat").symlink_to("generations/17")
+    assert metrics.generation(str(tmp_path / "dsnat")) == 17
+    assert metrics.generation(str(tmp_path)) == -1

@@ -1,0 +1,208 @@
+"""The engine's figures for Prometheus: a small sidecar that asks the control socket at each scrape.
+
+    dsnatctl metrics --listen 0.0.0.0:9732
+
+Nothing is kept between scrapes and nothing is walked session by session, so a scrape costs the same with ten
+sessions and with ten million. When the engine cannot be reached the page says `dsnat_up 0`, which is the
+alarm; it is not an HTTP error, because then the reason would be lost.
+
+Series of single addresses are left out for pools of more than ADDRESSES_MAX: a time series per address of a
+/16 helps nobody. The pool's own sums stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from dsnatctl.client import Engine, Json, Refused, Unreachable
+
+ADDRESSES_MAX = 1024
+GENERATION = "/etc/dsnat"  # a link to .../generations/N
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Page:
+    """Collects samples by metric: the text format wants all of one together, under one HELP and TYPE."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[str]] = {}
+
+    def add(self, name: str, kind: str, text: str, value: float, **labels: object) -> None:
+        lines = self._lines.setdefault(name, [f"# HELP {name} {text}", f"# TYPE {name} {kind}"])
+        marks = ",".join(f'{key}="{_escape(str(label))}"' for key, label in labels.items())
+        lines.append(f"{name}{{{marks}}} {value}" if marks else f"{name} {value}")
+
+    def counter(self, name: str, text: str, value: float, **labels: object) -> None:
+        self.add(name, "counter", text, value, **labels)
+
+    def gauge(self, name: str, text: str, value: float, **labels: object) -> None:
+        self.add(name, "gauge", text, value, **labels)
+
+    def text(self) -> str:
+        return "".join(f"{line}\n" for lines in self._lines.values() for line in lines)
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def generation(link: str = GENERATION) -> int:
+    """The number of the configuration that is in force; -1 when it is not kept in generations."""
+    name = os.path.realpath(link).rsplit("/", 1)[-1]
+    return int(name) if name.isdecimal() else -1
+
+
+def page(answers: Mapping[str, Json]) -> str:
+    """`answers`: status, workers, pools, zones, ports."""
+    out = Page()
+    out.gauge("dsnat_up", "1 when the engine answers.", 1)
+    _status(out, answers["status"])
+    for worker in answers["workers"]["workers"]:
+        _worker(out, worker)
+    for pool in answers["pools"]["pools"]:
+        _pool(out, pool)
+    for number, zone in enumerate(answers["zones"]["zones"], 1):
+        labels = {"zone": number, "source": zone["source"], "destination": zone.get("destination", "any")}
+        text = "Sessions that the zone has made."
+        out.counter("dsnat_zone_sessions_created_total", text, zone["created"], **labels)
+        text = "Sessions that the zone has refused."
+        out.counter("dsnat_zone_sessions_refused_total", text, zone["refused"], **labels)
+    for port in answers["ports"]["ports"]:
+        _port(out, port)
+    return out.text()
+
+
+def down(error: Exception) -> str:
+    out = Page()
+    out.gauge("dsnat_up", "1 when the engine answers.", 0)
+    return f"# {error}\n{out.text()}"
+
+
+def _status(out: Page, status: Json) -> None:
+    labels = {"program": status["program"], "version": status["version"]}
+    out.gauge("dsnat_build_info", "Always 1; the labels say what runs.", 1, **labels)
+    if "uptime_s" in status:
+        out.gauge("dsnat_uptime_seconds", "Since the engine started.", status["uptime_s"])
+    out.gauge("dsnat_sessions_max", "Size of the session table.", status["max_sessions"])
+    text = "1 while every packet is accounted for."
+    out.gauge("dsnat_equation_holds", text, int(status["equation"]))
+    text = "Number of the configuration in force; -1: not kept in generations."
+    out.gauge("dsnat_configuration_generation", text, generation())
+
+
+def _worker(out: Page, one: Json) -> None:
+    worker = one["worker"]
+    out.gauge("dsnat_worker_up", "1 when the worker answers.", int(one["answers"]), worker=worker)
+    if not one["answers"]:
+        return
+    c = one["counters"]
+    text = "Packets by what came of them; received + taken_over = the sum of the others + dropped + held."
+    for result in ("received", "taken_over", "forwarded", "passed", "handed_over", "made"):
+        out.counter("dsnat_packets_total", text, c[result], worker=worker, result=result)
+    for reason, count in c["reasons"].items():
+        text = "Packets that were dropped or passed, by reason; see `dsnatctl show counters`."
+        out.counter("dsnat_reason_packets_total", text, count, worker=worker, reason=reason)
+    out.counter("dsnat_dropped_packets_total", "Packets dropped, all reasons.", c["dropped"], worker=worker)
+    out.gauge("dsnat_held_packets", "Packets that wait.", c["held"], worker=worker)
+    out.gauge("dsnat_sessions", "Live sessions.", c["sessions"], worker=worker)
+    for event in ("created", "expired", "closed"):
+        text = "Sessions by what happened to them."
+        out.counter("dsnat_session_events_total", text, c[f"sessions_{event}"], worker=worker, event=event)
+    for direction in ("out", "in"):
+        text = "IPv4 bytes translated; out is from inside to outside."
+        out.counter("dsnat_bytes_total", text, c[f"bytes_{direction}"], worker=worker, direction=direction)
+    for key, name, text in (
+        ("busy_ns", "dsnat_worker_busy_seconds_total", "Time with packets."),
+        ("idle_ns", "dsnat_worker_idle_seconds_total", "Time without."),
+    ):
+        if key in one:
+            out.counter(name, text, one[key] / 1e9, worker=worker)
+    for key in ("bursts", "cycles", "sleeps"):
+        if key in one:
+            text = f"What the worker has had of {key}."
+            out.counter(f"dsnat_worker_{key}_total", text, one[key], worker=worker)
+
+
+def _pool(out: Page, pool: Json) -> None:
+    name = pool["name"]
+    text = "1 while the pool is in service here (see active_while)."
+    out.gauge("dsnat_pool_active", text, int(pool["active"]), pool=name)
+    out.gauge("dsnat_pool_addresses", "Addresses of the pool.", pool["n_addresses"], pool=name)
+    out.gauge("dsnat_pool_addresses_draining", "Of them draining.", pool["n_draining"], pool=name)
+    out.gauge("dsnat_pool_sessions", "Live sessions.", pool["sessions"], pool=name)
+    out.counter("dsnat_pool_sessions_created_total", "Sessions made.", pool["created"], pool=name)
+    text = "Times that an address had no free port towards the remote."
+    out.counter("dsnat_pool_no_port_total", text, pool["refused"], pool=name)
+    if pool["n_addresses"] > ADDRESSES_MAX:
+        return
+    for a in pool["addresses"]:
+        labels = {"pool": name, "address": a["address"]}
+        out.gauge("dsnat_address_sessions", "Live sessions.", a["sessions"], **labels)
+        out.counter("dsnat_address_sessions_created_total", "Sessions made.", a["created"], **labels)
+        out.counter("dsnat_address_no_port_total", text, a["refused"], **labels)
+
+
+def _port(out: Page, port: Json) -> None:
+    if "up" not in port:
+        return
+    name = port["name"]
+    out.gauge("dsnat_port_up", "1 with link.", int(port["up"]), port=name, role=port["role"])
+    for direction in ("rx", "tx"):
+        text = "Frames of the port."
+        out.counter(
+            "dsnat_port_packets_total", text, port[f"{direction}_packets"], port=name, direction=direction
+        )
+        text = "Bytes of the port."
+        out.counter(
+            "dsnat_port_bytes_total", text, port[f"{direction}_bytes"], port=name, direction=direction
+        )
+        text = "Frames with errors."
+        out.counter(
+            "dsnat_port_errors_total", text, port[f"{direction}_errors"], port=name, direction=direction
+        )
+    out.counter(
+        "dsnat_port_missed_total", "Frames that the engine was too slow for.", port["rx_missed"], port=name
+    )
+    for direction in ("to", "from"):
+        text = "Frames to and from the kernel's twin of the port."
+        count = port[f"twin_{direction}_packets"]
+        out.counter("dsnat_twin_packets_total", text, count, port=name, direction=direction)
+
+
+def scrape(path: str) -> str:
+    try:
+        with Engine(path, timeout_s=5.0) as engine:
+            shows = ("workers", "pools", "zones", "ports")
+            answers = {what: engine.ask(cmd="show", what=what) for what in shows}
+            return page({"status": engine.ask(cmd="status"), **answers})
+    except (Unreachable, Refused) as error:
+        return down(error)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], path: str) -> None:
+        self.path = path
+        super().__init__(address, Handler)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    timeout = 10
+
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] != "/metrics":
+            self.send_error(404, "there is only /metrics here")
+            return
+        body = scrape(self.server.path).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", CONTENT_TYPE)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """A scrape every few seconds is not worth a line in the journal."""
