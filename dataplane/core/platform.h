@@ -4,6 +4,10 @@
 
 #include <stdint.h>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #define NAT_CACHE_LINE 64
 
 #if defined(__GNUC__)
@@ -29,6 +33,23 @@ __extension__ typedef unsigned __int128 nat_u128;
 #endif
 #define NAT_HTON16(x) NAT_NTOH16((uint16_t)(x))
 #define NAT_HTON32(x) NAT_NTOH32((uint32_t)(x))
+
+/* Which of 16 lanes equal `value`, lane 0 in bit 0. `lane` is aligned to 16 bytes. */
+static inline uint32_t nat_equal_lanes(const uint16_t lane[16], uint16_t value)
+{
+#if defined(__SSE2__)
+	const __m128i want = _mm_set1_epi16((short)value);
+	const __m128i *at = (const __m128i *)(const void *)lane;
+	const __m128i low = _mm_cmpeq_epi16(_mm_load_si128(at), want);
+	const __m128i high = _mm_cmpeq_epi16(_mm_load_si128(at + 1), want);
+	return (uint32_t)_mm_movemask_epi8(_mm_packs_epi16(low, high));
+#else
+	uint32_t equal = 0;
+	for (unsigned i = 0; i < 16; i++)
+		equal |= (uint32_t)(lane[i] == value) << i;
+	return equal;
+#endif
+}
 
 /* Impossible, unless the core itself is wrong: better dead than translating wrongly. */
 #define NAT_ASSERT(condition)                                                                                \

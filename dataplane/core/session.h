@@ -23,6 +23,7 @@
 #define NAT_SESSION_H
 
 #include <stdatomic.h>
+#include <string.h>
 
 #include "hash.h"
 #include "nat.h"
@@ -168,11 +169,35 @@ static inline struct nat_bucket *nat_index_bucket(const struct nat_index *index,
 	return &index->bucket[nat_scale32((uint32_t)hash, index->n_buckets)];
 }
 
+/* One bit per way whose tag this is. */
+static inline uint32_t nat_bucket_ways(const struct nat_bucket *bucket, uint16_t tag)
+{
+	/* The 16 lanes go on behind the tags; what they hold there is masked out. */
+	return nat_equal_lanes((const uint16_t *)(const void *)bucket, tag) & ((1u << NAT_WAYS) - 1);
+}
+
+/* The other bucket that an entry with this tag may stand in; its other one is this one again. */
+static inline uint32_t nat_index_alternate(const struct nat_index *index, uint32_t bucket, uint16_t tag)
+{
+	uint32_t sum = nat_scale32(tag * UINT32_C(0x9e3779b1), index->n_buckets);
+	return sum >= bucket ? sum - bucket : sum - bucket + index->n_buckets;
+}
+
+/* Is this the record's tuple on that side? */
+static inline bool nat_session_holds(const struct nat_session *s, const struct nat_tuple *tuple)
+{
+	/* One branch at the end: which field differs first is nothing to predict. */
+	if (tuple->side == 0)
+		return memcmp(&s->inside, tuple, sizeof(*tuple)) == 0;
+	return ((s->out_addr_be ^ tuple->local_be) | (s->inside.remote_be ^ tuple->remote_be) |
+		(uint32_t)(s->out_port_be ^ tuple->local_port_be) |
+		(uint32_t)(s->inside.remote_port_be ^ tuple->remote_port_be) |
+		(uint32_t)(s->inside.protocol ^ tuple->protocol) |
+		(uint32_t)(s->inside.zero[0] ^ tuple->zero[0])) == 0;
+}
+
 /* The record that holds this tuple on its side, or NAT_NO_RECORD. Says nothing about its time-out. */
 uint32_t nat_index_find(const struct nat_index *index, const struct nat_tuple *tuple, uint64_t hash);
-
-/* The record of the first entry whose tag fits, to be prefetched. */
-uint32_t nat_index_guess(const struct nat_index *index, uint64_t hash);
 
 /* False when there is no room: at 85 % that has a chance of less than one in a million tables. */
 bool nat_index_insert(struct nat_index *index, uint64_t hash, uint32_t record, uint8_t side);
