@@ -12,6 +12,8 @@
  */
 #include "engine.h"
 
+#include <string.h>
+
 static bool is_translated_protocol(uint8_t protocol)
 {
 	return protocol == NAT_PROTO_TCP || protocol == NAT_PROTO_UDP || protocol == NAT_PROTO_ICMP;
@@ -28,16 +30,24 @@ static bool has_own_ports(const struct nat_pkt *pkt)
 	return (pkt->stage_flags & (NAT_STAGE_LATER | NAT_STAGE_ICMP_ERROR)) == 0;
 }
 
-/* An ICMP query has one identifier, which is the local port on both ways. */
+/* An ICMP query has one identifier, which is the local port on both ways.
+ *
+ * Two words are written, because two words are read at once by the hash: a load that spans several fresh
+ * stores waits until they have left the store buffer (measured: 25 cycles per packet). */
 static void turn_round(struct nat_tuple *tuple)
 {
+	static const struct nat_tuple outside = {.side = 1};
 	const bool icmp = tuple->protocol == NAT_PROTO_ICMP;
-	*tuple = (struct nat_tuple){.local_be = tuple->remote_be,
-				    .remote_be = tuple->local_be,
-				    .local_port_be = icmp ? tuple->local_port_be : tuple->remote_port_be,
-				    .remote_port_be = icmp ? 0 : tuple->local_port_be,
-				    .protocol = tuple->protocol,
-				    .side = 1};
+	uint32_t ports, rest, side;
+	uint64_t addresses;
+
+	memcpy(&addresses, &tuple->local_be, sizeof(addresses));
+	memcpy(&ports, &tuple->local_port_be, sizeof(ports));
+	memcpy(&rest, &tuple->protocol, sizeof(rest));
+	memcpy(&side, &outside.protocol, sizeof(side));
+	const uint64_t word[2] = {addresses << 32 | addresses >> 32,
+				  NAT_PAIR32(icmp ? ports : ports << 16 | ports >> 16, rest | side)};
+	memcpy(tuple, word, sizeof(word));
 }
 
 static void hash_and_fetch(struct nat_engine *e, struct nat_pkt *pkt)

@@ -13,21 +13,23 @@
 
 #include "wire.h"
 
-typedef uint32_t nat_sum; /* room for thousands of 16-bit terms before it must be folded */
+typedef uint64_t nat_sum; /* room for any number of 16-bit and 32-bit terms that a packet can have */
 
 static inline nat_sum nat_sum_replace16(nat_sum sum, uint16_t old, uint16_t new)
 {
 	return sum + (uint16_t)~old + new;
 }
 
+/* A 32-bit word is two 16-bit ones, which folding adds up. */
 static inline nat_sum nat_sum_replace32(nat_sum sum, uint32_t old, uint32_t new)
 {
-	sum = nat_sum_replace16(sum, (uint16_t)old, (uint16_t) new);
-	return nat_sum_replace16(sum, (uint16_t)(old >> 16), (uint16_t)(new >> 16));
+	return sum + (uint32_t)~old + new;
 }
 
 static inline uint16_t nat_sum_fold(nat_sum sum)
 {
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16); /* at most 0x2fffe */
 	sum = (sum & 0xffff) + (sum >> 16);
 	return (uint16_t)(sum + (sum >> 16));
 }

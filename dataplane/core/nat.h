@@ -198,16 +198,18 @@ struct nat_pkt {
 	uint8_t settled;    /* the core's: a verdict is in, later stages skip it */
 	struct nat_hop hop; /* NAT_FORWARD: where to */
 	/* between the core's stages */
-	struct nat_tuple tuple;
-	uint64_t hash;
-	uint32_t session; /* record number, or NAT_NO_SESSION */
 	uint32_t zone;
+	struct nat_tuple tuple; /* read as two words of 8 bytes, so aligned to them */
+	uint64_t hash;
+	uint32_t session;     /* record number, or NAT_NO_SESSION */
 	uint16_t total_bytes; /* IPv4 total length */
 	uint16_t l4_offset;
 	uint8_t stage_flags;
 	uint8_t tcp_flags;
 	uint16_t l4_bytes;
 };
+
+_Static_assert(offsetof(struct nat_pkt, tuple) % 8 == 0, "hashed as two words");
 
 #define NAT_NO_SESSION UINT32_MAX
 

@@ -22,12 +22,12 @@ static void replace_address(uint8_t *ip, unsigned offset, uint32_t new_be, struc
 static void decrement_ttl(struct nat_pkt *pkt, struct change *change)
 {
 	uint8_t *word = pkt->l3 + NAT_IP_TTL;
-	const uint16_t old_be = nat_get16(word);
+	const uint16_t old_be = nat_get16(word), new_be = NAT_HTON16(NAT_NTOH16(old_be) - 0x100);
 
 	if ((pkt->flags & NAT_PKT_KERNEL_ROUTES) || (pkt->stage_flags & NAT_STAGE_SECOND))
 		return;
-	word[0]--;
-	change->ip = nat_sum_replace16(change->ip, old_be, nat_get16(word));
+	nat_put16(word, new_be);
+	change->ip = nat_sum_replace16(change->ip, old_be, new_be);
 }
 
 static void update_ip(uint8_t *ip, const struct change *change)
@@ -137,10 +137,14 @@ static void rewrite_one(struct nat_engine *e, struct nat_pkt *pkt)
 	const bool inbound = nat_is_inbound(pkt);
 	const uint32_t address_be = inbound ? s->inside.local_be : s->out_addr_be;
 	const uint16_t port_be = inbound ? s->inside.local_port_be : s->out_port_be;
-	const uint32_t source_be = nat_get32(pkt->l3 + NAT_IP_SOURCE),
-		       destination_be = nat_get32(pkt->l3 + NAT_IP_DESTINATION);
-	const uint16_t id_be = nat_get16(pkt->l3 + NAT_IP_ID);
+	const bool fragment = (pkt->stage_flags & NAT_STAGE_FRAGMENT) != 0;
+	uint32_t source_be = 0, destination_be = 0;
 	struct change change = {0, 0};
+
+	if (NAT_UNLIKELY(fragment)) {
+		source_be = nat_get32(pkt->l3 + NAT_IP_SOURCE);
+		destination_be = nat_get32(pkt->l3 + NAT_IP_DESTINATION);
+	}
 
 	if (NAT_UNLIKELY(pkt->tcp_flags & NAT_TCP_SYN)) {
 		uint16_t clamp_bytes = mss_clamp_of(e, pkt, s);
@@ -156,8 +160,8 @@ static void rewrite_one(struct nat_engine *e, struct nat_pkt *pkt)
 	decrement_ttl(pkt, &change);
 	update_ip(pkt->l3, &change);
 	nat_settle(pkt, NAT_FORWARD, NAT_REASON_OK);
-	if (NAT_UNLIKELY(pkt->stage_flags & NAT_STAGE_FRAGMENT))
-		nat_frags_lead(e, pkt, source_be, destination_be, id_be);
+	if (NAT_UNLIKELY(fragment))
+		nat_frags_lead(e, pkt, source_be, destination_be, nat_get16(pkt->l3 + NAT_IP_ID));
 }
 
 void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t local_be)
