@@ -22,7 +22,7 @@ static void run_stages(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 	nat_rewrite(e, pkt, n);
 }
 
-static void run_second_time(struct nat_engine *e, struct nat_pkt *pkt)
+void nat_engine_second_time(struct nat_engine *e, struct nat_pkt *pkt)
 {
 	nat_parse(pkt, 1);
 	pkt->stage_flags |= NAT_STAGE_SECOND;
@@ -96,7 +96,7 @@ void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint6
 	run_stages(e, pkt, n);
 	for (uint32_t i = 0; i < n; i++) {
 		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_HAIRPIN) && pkt[i].verdict == NAT_FORWARD)
-			run_second_time(e, &pkt[i]);
+			nat_engine_second_time(e, &pkt[i]);
 		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_FRAGMENT))
 			refuse_rest(e, &pkt[i]);
 	}

@@ -206,21 +206,25 @@ static void let_go(struct nat_engine *e, struct nat_frag_entry *entry)
 
 	while (entry->first_held != NO_ENTRY) {
 		const uint32_t i = entry->first_held;
-		struct nat_pkt *pkt = &f->held[i].pkt;
+		struct nat_pkt pkt = f->held[i].pkt;
 		entry->first_held = f->held[i].next;
-		if (entry->state == WAITING)
-			nat_drop(pkt, NAT_REASON_FRAG_TIMEOUT);
-		else
-			apply(e, entry, pkt);
-		e->counters.held--;
-		if (pkt->verdict == NAT_FORWARD) {
-			e->counters.forwarded++;
-		} else {
-			e->counters.reason[pkt->reason]++;
-		}
-		nat_outbox_put(e, pkt);
 		f->held[i].next = f->free_held;
 		f->free_held = i;
+		if (entry->state == WAITING)
+			nat_drop(&pkt, NAT_REASON_FRAG_TIMEOUT);
+		else
+			apply(e, entry, &pkt);
+		/* A hairpin's first fragment is through for the first time only: these wait for it again. */
+		if ((pkt.stage_flags & NAT_STAGE_HAIRPIN) && pkt.verdict == NAT_FORWARD)
+			nat_engine_second_time(e, &pkt);
+		if (pkt.verdict == NAT_HOLD)
+			continue;
+		e->counters.held--;
+		if (pkt.verdict == NAT_FORWARD)
+			e->counters.forwarded++;
+		else
+			e->counters.reason[pkt.reason]++;
+		nat_outbox_put(e, &pkt);
 	}
 	entry->n_held = 0;
 }
