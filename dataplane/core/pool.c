@@ -285,6 +285,9 @@ void nat_port_release(struct nat_engine *e, const struct nat_session *s)
 
 	if (!set || !has_bit(set->known, port / 64))
 		return;
+	const struct nat_tuple outside = nat_session_outside(s);
+	if (is_forwarded(e, &outside, s->out_port_be))
+		return; /* since a reload */
 	clear_bit(set->taken, port);
 	clear_bit(set->full, port / 64);
 }
