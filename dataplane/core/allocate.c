@@ -168,17 +168,22 @@ static void begin_under_mapping(struct nat_engine *e, struct nat_pkt *pkt, const
 							  ? NAT_RECORD_UNDER_MAPPING | NAT_RECORD_PERMITS
 							  : NAT_RECORD_UNDER_MAPPING,
 					 .timer = (uint8_t)first_timer(e, pkt)};
-	/* Counted first: the mapping must not end while its session is made. */
+	/* The pool's kind may have been another when an older session took that port towards this remote. */
+	const struct nat_tuple outside = nat_session_outside(&want);
+	if (nat_session_find(e, &outside, nat_tuple_hash(&e->index.key, &outside)) != NAT_NO_RECORD)
+		refuse(e, pkt, NAT_REASON_NO_PORT);
+	else
+		pkt->session = store(e, pkt, &want);
+	if (pkt->session == NAT_NO_SESSION) {
+		if (m->references == 0 && m->timer != NAT_TIMER_HOLD)
+			nat_session_end(e, mapping); /* made for this packet */
+		return;
+	}
 	if (m->timer == NAT_TIMER_HOLD) {
 		nat_wheel_take(e, mapping);
 		m->timer = want.timer;
 	}
 	m->references++;
-	pkt->session = store(e, pkt, &want);
-	if (pkt->session != NAT_NO_SESSION)
-		return;
-	if (--m->references == 0)
-		nat_session_end(e, mapping);
 }
 
 /* A session over a static mapping, begun from either side. */
@@ -316,11 +321,18 @@ static void begin_from_outside(struct nat_engine *e, struct nat_pkt *pkt)
 							      : first_timer(e, pkt))};
 	want.inside.remote_be = pkt->tuple.remote_be;
 	want.inside.remote_port_be = pkt->tuple.remote_port_be;
+	/* The host may have a session to this remote under another outside port, from before a reload. */
+	if (nat_session_find(e, &want.inside, nat_tuple_hash(&e->index.key, &want.inside)) != NAT_NO_RECORD) {
+		nat_drop(pkt, NAT_REASON_NO_SESSION);
+		return;
+	}
 	pkt->session = nat_session_create(e, &want);
-	if (pkt->session == NAT_NO_SESSION)
+	if (pkt->session == NAT_NO_SESSION) {
 		nat_drop(pkt, NAT_REASON_TABLE_FULL);
-	else
-		nat_route(e, pkt, 1);
+		return;
+	}
+	e->record[mapping].guests++;
+	nat_route(e, pkt, 1);
 }
 
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)

@@ -148,6 +148,9 @@ void nat_route(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_rewrite(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 
+/* A packet that was translated on its way to a pool address goes through the stages again, as if from outside. */
+void nat_engine_second_time(struct nat_engine *e, struct nat_pkt *pkt);
+
 /* Only the address of the packet's own side and the TTL: for packets whose ports are elsewhere (rewrite.c).
  */
 void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t local_be);

@@ -256,20 +256,26 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	return record;
 }
 
-static void release_mapping(struct nat_engine *e, uint32_t mapping)
+/* A session has left its mapping. Without references a mapping is on hold; it ends when the hold time is over
+ * and no guest is left: were its port given out before, two sessions could get the same outside tuple. */
+static void leave_mapping(struct nat_engine *e, uint32_t mapping)
 {
 	struct nat_session *m = &e->record[mapping];
 
-	NAT_ASSERT(m->references > 0);
-	if (--m->references > 0)
+	if (m->references > 0)
 		return;
-	if ((m->flags & NAT_RECORD_HOLDS) && e->timeout_s[NAT_TIMER_HOLD] > 0) {
+	if (m->timer != NAT_TIMER_HOLD) {
 		m->timer = NAT_TIMER_HOLD;
 		m->last_seen_s = e->now_s;
-		nat_wheel_hang(e, mapping);
-		return;
 	}
-	nat_session_end(e, mapping);
+	if (m->guests > 0)
+		return;
+	if ((m->flags & NAT_RECORD_HOLDS) && e->timeout_s[NAT_TIMER_HOLD] > 0 && !nat_session_over(e, m)) {
+		nat_wheel_take(e, mapping);
+		nat_wheel_hang(e, mapping);
+	} else {
+		nat_session_end(e, mapping);
+	}
 }
 
 void nat_session_end(struct nat_engine *e, uint32_t record)
@@ -291,15 +297,21 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 	if (gone.flags & NAT_RECORD_MAPPING)
 		return;
 	count_session(e, &gone, -1);
-	if (gone.flags & NAT_RECORD_INBOUND)
+	if (gone.flags & NAT_RECORD_INBOUND) {
+		uint32_t mapping = nat_session_mapping(e, &gone);
+		NAT_ASSERT(mapping != NAT_NO_RECORD && e->record[mapping].guests > 0);
+		e->record[mapping].guests--;
+		leave_mapping(e, mapping);
 		return;
+	}
 	nat_host_remove(e, gone.inside.local_be);
 	if (gone.flags & NAT_RECORD_PERMITS)
 		remove_permit(e, &gone);
 	if (under_mapping(&gone)) {
 		uint32_t mapping = nat_session_mapping(e, &gone);
-		NAT_ASSERT(mapping != NAT_NO_RECORD);
-		release_mapping(e, mapping);
+		NAT_ASSERT(mapping != NAT_NO_RECORD && e->record[mapping].references > 0);
+		e->record[mapping].references--;
+		leave_mapping(e, mapping);
 	}
 }
 
@@ -381,14 +393,14 @@ static void adopt_inbound(struct nat_engine *e, struct nat_session *s)
 {
 	uint32_t mapping = nat_session_mapping(e, s);
 
-	if (mapping == NAT_NO_RECORD)
-		return;
+	NAT_ASSERT(mapping != NAT_NO_RECORD && e->record[mapping].guests > 0);
 	s->flags &= (uint8_t)~NAT_RECORD_INBOUND;
 	nat_host_add(e, s->inside.local_be, s->out_addr_be);
 	if (e->record[mapping].timer == NAT_TIMER_HOLD) {
 		nat_wheel_take(e, mapping);
 		e->record[mapping].timer = s->timer;
 	}
+	e->record[mapping].guests--;
 	e->record[mapping].references++;
 }
 
@@ -455,24 +467,24 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 	s->flags &= (uint8_t)~NAT_RECORD_TRACKED;
 	s->slot = NAT_OFF_WHEEL;
 	if (is_mapping) {
-		s->references = 0;
+		s->references = s->guests = 0;
 		if (s->timer == NAT_TIMER_HOLD)
 			nat_wheel_hang(e, record);
 		return;
 	}
 	nat_wheel_hang(e, record);
 	count_session(e, s, 1);
-	if (s->flags & NAT_RECORD_INBOUND)
+	uint32_t mapping = under_mapping(s) ? nat_session_mapping(e, s) : NAT_NO_RECORD;
+	if (mapping == NAT_NO_RECORD)
+		s->flags &= (uint8_t) ~(NAT_RECORD_UNDER_MAPPING | NAT_RECORD_INBOUND);
+	if (s->flags & NAT_RECORD_INBOUND) {
+		e->record[mapping].guests++;
 		return;
+	}
 	nat_host_add(e, s->inside.local_be, s->out_addr_be);
 	if (s->flags & NAT_RECORD_PERMITS)
 		add_permit(e, record);
-	if (under_mapping(s)) {
-		uint32_t mapping = nat_session_mapping(e, s);
-		if (mapping == NAT_NO_RECORD) {
-			s->flags &= (uint8_t)~NAT_RECORD_UNDER_MAPPING;
-			return;
-		}
+	if (mapping != NAT_NO_RECORD) {
 		struct nat_session *m = &e->record[mapping];
 		if (m->timer == NAT_TIMER_HOLD) {
 			nat_wheel_take(e, mapping);
@@ -500,9 +512,8 @@ void nat_session_adopt(struct nat_engine *e)
 					adopt_record(e, record, pass == 0);
 				else if (s->timer == NAT_TIMER_FREE)
 					give_back(e, record);
-				else if ((s->flags & NAT_RECORD_MAPPING) && s->timer != NAT_TIMER_HOLD &&
-					 s->references == 0)
-					nat_session_end(e, record);
+				else if ((s->flags & NAT_RECORD_MAPPING) && s->timer != NAT_TIMER_HOLD)
+					leave_mapping(e, record);
 			}
 		}
 }

@@ -15,7 +15,8 @@
  * timer may not: be moved, or change its tuples
  *
  * A *mapping* of an endpoint-independent pool is a record whose remote is 0.0.0.0:0 (NAT_RECORD_MAPPING). It
- * is not on the wheel while sessions that the inside began refer to it (`references`). Where the pool filters
+ * is not on the wheel while sessions that the inside began refer to it (`references`), and it outlives every
+ * session under it, also those that the outside began (`guests`): only then is its port nobody's. Where the pool filters
  * by address, each remote address that a mapping has talked to is a record of the same kind, with
  * inside.zero[0] = 1 and no remote port; it is made again from the sessions after a restart.
  */
@@ -84,7 +85,10 @@ struct nat_session {
 		uint64_t bytes_out;
 		uint64_t references; /* mapping: sessions begun inside that use it */
 	};
-	uint64_t bytes_in;
+	union {
+		uint64_t bytes_in;
+		uint64_t guests; /* mapping: sessions begun outside that the inside has not answered */
+	};
 };
 _Static_assert(sizeof(struct nat_session) == NAT_CACHE_LINE, "a known session costs one line");
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.packet import icmp, ping
+from tests.packet import UDP, icmp, ipv4, ping, udp
 from tests.replay import Bench
 
 
@@ -16,3 +16,52 @@ def test_an_echo_reply_of_zeros_keeps_a_checksum_that_verifies(replay: Bench) ->
     answer = replay.send(reply, on="outside0")
     assert answer.verdict == "forward"
     assert answer.out[0].raw[20:] == bytes.fromhex("0000ffff00000000")
+
+
+ENDPOINT_INDEPENDENT = """\
+engine: {workers: 1, max_sessions: 1024}
+interfaces:
+  - {name: inside0, role: inside, path: dpdk}
+  - {name: outside0, role: outside, path: dpdk}
+pools:
+  - name: g1
+    addresses: [203.0.113.1]
+    ports: 5000-PORT
+    mapping: endpoint-independent
+    filtering: endpoint-independent
+zones:
+  - {source: 100.64.0.0/16, pool: g1}
+timeouts: {hold: 0s}
+"""
+
+
+def test_a_mapping_keeps_its_port_while_a_session_begun_outside_stands_under_it(
+    bench: Callable[[str], Bench],
+) -> None:
+    """Else the next host gets the port, and two live sessions the same outside tuple."""
+    replay = bench(ENDPOINT_INDEPENDENT.replace("PORT", "5000"))
+    asked = replay.send(udp("100.64.0.2:40000 > 198.51.100.1:53"))
+    replay.wait(15)
+    knock = udp(f"198.51.100.2:7 > {asked.packet.source}")
+    assert replay.send(knock, on="outside0").packet.destination == "100.64.0.2:40000"
+    replay.wait(15)  # the query's 20 s are over, the visitor's 120 s are not
+    other = udp("100.64.0.3:40000 > 198.51.100.2:7")
+    assert replay.send(other).reason == "no_port"
+    assert replay.send(knock, on="outside0").packet.destination == "100.64.0.2:40000"
+    replay.wait(120)
+    assert replay.send(other).verdict == "forward"
+
+
+def test_fragments_of_a_hairpin_reach_the_host_also_out_of_order(bench: Callable[[str], Bench]) -> None:
+    replay = bench(ENDPOINT_INDEPENDENT.replace("PORT", "5999"))
+    served = replay.send(udp("100.64.0.3:80 > 198.51.100.1:99")).packet.source
+    whole = udp(f"100.64.0.2:40000 > {served}", payload=bytes(range(64)))
+    flow = f"100.64.0.2 > {served.partition(':')[0]}"
+    first = ipv4(flow, UDP, whole[20:52], ident=7, more_fragments=True)
+    last = ipv4(flow, UDP, whole[52:], ident=7, fragment_offset=32)
+    assert replay.send(last).verdict == "hold"
+    out = replay.send(first).out
+    assert [one.interface for one in out] == ["inside0", "inside0"]
+    assert [one.packet.destination_address for one in out] == ["100.64.0.3", "100.64.0.3"]
+    assert b"".join(one.raw[20:] for one in out)[8:] == bytes(range(64))
+    assert len({one.raw[4:6] for one in out}) == 1, "one datagram, one identification"
