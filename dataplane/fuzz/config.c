@@ -15,8 +15,8 @@ static void check(bool condition, const char *what)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	struct config *config = config_parse("fuzz.yaml", (const char *)data, size,
-					     size & 1 ? CONFIG_WITHOUT_DEVICES : 0);
+	struct config *config =
+		config_parse("fuzz.yaml", (const char *)data, size, size & 1 ? CONFIG_WITHOUT_DEVICES : 0);
 
 	check(config, "there is memory");
 	for (uint32_t i = 0; i < config->n_problems; i++)
@@ -29,7 +29,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		check(policy, "what is read makes a policy");
 		for (uint32_t i = 0; i < config->nat.n_pools; i++) {
 			const struct nat_pool_config *pool = &config->nat.pools[i];
-			check(pool->n_ranges > 0 && pool->port_first != 0 && pool->port_first <= pool->port_last,
+			check(pool->n_ranges > 0 && pool->port_first != 0 &&
+				      pool->port_first <= pool->port_last,
 			      "a pool has addresses and ports");
 			for (uint32_t k = 0; k < pool->n_ranges; k++) {
 				const uint32_t first = pool->ranges[k].first;

@@ -62,14 +62,16 @@ struct past { /* a packet that was forwarded: as it came and as it left */
 struct lab {
 	struct nat_engine *e;
 	struct nat_table *table;
-	void *engine_memory, *table_memory; /* kept from input to input: making them anew costs most of the time */
+	void *engine_memory,
+		*table_memory; /* kept from input to input: making them anew costs most of the time */
 	size_t engine_bytes;
 	struct nat_policy *policy;
 	struct nat_config config;
 	struct nat_interface_config interface[2];
 	struct nat_range range[2], drain;
 	struct nat_pool_config pool;
-	struct nat_zone_config zone[4];
+	struct nat_zone_config zone[3];
+	struct nat_static_config fixed[2];
 	struct nat_pkt burst[BURST];
 	uint32_t n_burst;
 	uint64_t now_ns, held_blocks;
@@ -95,7 +97,8 @@ static void route(void *context, const uint32_t *destination_be, struct nat_hop 
 	(void)context;
 	for (uint32_t i = 0; i < n; i++) {
 		const uint32_t address = NAT_NTOH32(destination_be[i]);
-		hop[i] = (struct nat_hop){destination_be[i], 1500, is_inside(address) ? 0 : 1, NAT_HOP_FORWARD};
+		hop[i] = (struct nat_hop){destination_be[i], 1500, is_inside(address) ? 0 : 1,
+					  NAT_HOP_FORWARD};
 		if (address >> 8 == ADDRESS(192, 0, 2, 0) >> 8)
 			hop[i].kind = NAT_HOP_LOCAL;
 		else if (address >> 17 == ADDRESS(198, 18, 0, 0) >> 17)
@@ -142,22 +145,27 @@ static void configure(struct lab *lab, unsigned choice)
 		.source = inside, .destination = {ADDRESS(192, 0, 2, 128), 25}, .action = NAT_ACTION_PASS};
 	lab->zone[2] = (struct nat_zone_config){
 		.source = inside, .destination = any, .action = NAT_ACTION_POOL, .mss_clamp_bytes = 1400};
-	lab->config = (struct nat_config){
-		.workers = 1,
-		.max_sessions = SESSIONS,
-		.interfaces = lab->interface,
-		.n_interfaces = 2,
-		.pools = &lab->pool,
-		.n_pools = 1,
-		.zones = lab->zone,
-		.n_zones = 3,
-		.limits = {.sessions_per_host = choice >> 7 ? 9 : 0,
-			   .new_per_host_per_s = choice >> 7 ? 5 : 0,
-			   .icmp_errors_per_s = choice >> 7 ? 10 : 0,
-			   .fragments = 16},
-		.timeouts = {7440, 240, choice >> 6 & 1 ? 4 : 240, 300, 120, 20, 60, choice >> 5 & 1 ? 0 : 30},
-		.tcp_midflow = (enum nat_midflow)((choice >> 4 & 3) % 3),
-		.refusal = (enum nat_refusal)((choice >> 5 & 3) % 3)};
+	lab->fixed[0] = (struct nat_static_config){ADDRESS(100, 64, 0, 4), ADDRESS(203, 0, 113, 9), 53,
+						   PORT_FIRST, choice & 2 ? NAT_PROTO_TCP : NAT_PROTO_UDP};
+	lab->fixed[1] = (struct nat_static_config){ADDRESS(100, 64, 0, 3), ADDRESS(203, 0, 113, 2), 0, 0, 0};
+	lab->config = (struct nat_config){.statics = lab->fixed,
+					  .n_statics = choice >> 4 & 3 & 2,
+					  .workers = 1,
+					  .max_sessions = SESSIONS,
+					  .interfaces = lab->interface,
+					  .n_interfaces = 2,
+					  .pools = &lab->pool,
+					  .n_pools = 1,
+					  .zones = lab->zone,
+					  .n_zones = 3,
+					  .limits = {.sessions_per_host = choice >> 7 ? 9 : 0,
+						     .new_per_host_per_s = choice >> 7 ? 5 : 0,
+						     .icmp_errors_per_s = choice >> 7 ? 10 : 0,
+						     .fragments = 16},
+					  .timeouts = {7440, 240, choice >> 6 & 1 ? 4 : 240, 300, 120, 20, 60,
+						       choice >> 5 & 1 ? 0 : 30},
+					  .tcp_midflow = (enum nat_midflow)((choice >> 4 & 3) % 3),
+					  .refusal = (enum nat_refusal)((choice >> 5 & 3) % 3)};
 }
 
 static void *memory(size_t bytes)
@@ -217,12 +225,15 @@ static void check_portset(const struct lab *lab, const struct nat_portset *set)
 				  .protocol = set->protocol,
 				  .side = 1};
 
-	for (uint32_t port = set->first; port <= set->last; port++) {
+	for (uint32_t port = PORT_FIRST; port <= PORT_LAST; port++) {
 		if (!(set->known[port / 4096] >> (port / 64 % 64) & 1))
 			continue;
 		tuple.local_port_be = NAT_HTON16(port);
-		const bool indexed = nat_index_find(&lab->e->index, &tuple,
-						    nat_tuple_hash(&lab->e->index.key, &tuple)) != NAT_NO_RECORD;
+		const bool indexed =
+			nat_index_find(&lab->e->index, &tuple, nat_tuple_hash(&lab->e->index.key, &tuple)) !=
+			NAT_NO_RECORD;
+		if (nat_policy_static(lab->policy, 1, set->address_be, tuple.local_port_be, set->protocol))
+			continue;
 		CHECK(indexed == (set->taken[port / 64] >> (port % 64) & 1));
 	}
 }
@@ -248,7 +259,8 @@ static void check_tables(const struct lab *lab)
 		const uint32_t record = (uint32_t)(s - e->record);
 		uint64_t references = 0;
 
-		CHECK(nat_index_find(&e->index, &s->inside, nat_tuple_hash(&e->index.key, &s->inside)) == record);
+		CHECK(nat_index_find(&e->index, &s->inside, nat_tuple_hash(&e->index.key, &s->inside)) ==
+		      record);
 		CHECK(nat_index_find(&e->index, &outside, nat_tuple_hash(&e->index.key, &outside)) == record);
 		for (uint32_t k = 0; k < n; k++) {
 			const struct nat_tuple other = nat_session_outside(live[k]);
@@ -260,7 +272,8 @@ static void check_tables(const struct lab *lab)
 				      live[k]->inside.local_port_be == s->inside.local_port_be &&
 				      live[k]->inside.protocol == s->inside.protocol;
 		}
-		if (s->flags & NAT_RECORD_UNDER_MAPPING) { /* never without its mapping, nor at another port */
+		if (s->flags &
+		    NAT_RECORD_UNDER_MAPPING) { /* never without its mapping, nor at another port */
 			const uint32_t mapping = nat_session_mapping(e, s);
 			CHECK(mapping != NAT_NO_RECORD);
 			CHECK(e->record[mapping].out_addr_be == s->out_addr_be);
@@ -403,7 +416,8 @@ static void drain(struct lab *lab)
 			finish(lab, &out);
 			continue;
 		}
-		CHECK(out.len_bytes <= NAT_MADE_BYTES_MAX && nat_csum_bytes(out.l3, NAT_IP_HEADER_BYTES) == 0);
+		CHECK(out.len_bytes <= NAT_MADE_BYTES_MAX &&
+		      nat_csum_bytes(out.l3, NAT_IP_HEADER_BYTES) == 0);
 		CHECK(transport_sum(out.l3) == UINT16_MAX);
 	}
 	check_equation(lab);
@@ -434,11 +448,8 @@ static void give(struct lab *lab, const uint8_t *bytes, uint32_t len_bytes, uint
 	CHECK(block->original);
 	memcpy(block->bytes, bytes, len_bytes);
 	memcpy(block->original, bytes, len_bytes);
-	lab->burst[lab->n_burst++] = (struct nat_pkt){.l3 = block->bytes,
-						      .cookie = block,
-						      .len_bytes = len_bytes,
-						      .iface = iface,
-						      .flags = flags};
+	lab->burst[lab->n_burst++] = (struct nat_pkt){
+		.l3 = block->bytes, .cookie = block, .len_bytes = len_bytes, .iface = iface, .flags = flags};
 	if (lab->n_burst == BURST)
 		run_burst(lab);
 }
@@ -494,11 +505,11 @@ static void step_raw(struct lab *lab, struct input *in, unsigned op)
 static uint32_t an_address(unsigned choice)
 {
 	static const uint32_t known[16] = {
-		ADDRESS(100, 64, 0, 2),	   ADDRESS(100, 64, 0, 3),   ADDRESS(100, 64, 0, 4),
-		ADDRESS(100, 64, 9, 1),	   ADDRESS(100, 127, 0, 9),  ADDRESS(198, 51, 100, 1),
-		ADDRESS(198, 51, 100, 2),  ADDRESS(198, 51, 100, 1), ADDRESS(203, 0, 113, 1),
-		ADDRESS(203, 0, 113, 2),   ADDRESS(203, 0, 113, 9),  ADDRESS(192, 0, 2, 1),
-		ADDRESS(192, 0, 2, 200),   ADDRESS(198, 18, 0, 1),   ADDRESS(10, 0, 0, 1),
+		ADDRESS(100, 64, 0, 2),     ADDRESS(100, 64, 0, 3),   ADDRESS(100, 64, 0, 4),
+		ADDRESS(100, 64, 9, 1),     ADDRESS(100, 127, 0, 9),  ADDRESS(198, 51, 100, 1),
+		ADDRESS(198, 51, 100, 2),   ADDRESS(198, 51, 100, 1), ADDRESS(203, 0, 113, 1),
+		ADDRESS(203, 0, 113, 2),    ADDRESS(203, 0, 113, 9),  ADDRESS(192, 0, 2, 1),
+		ADDRESS(192, 0, 2, 200),    ADDRESS(198, 18, 0, 1),   ADDRESS(10, 0, 0, 1),
 		ADDRESS(255, 255, 255, 255)};
 	return NAT_HTON32(known[choice & 15]);
 }
@@ -549,7 +560,8 @@ static void step_template(struct lab *lab, struct input *in, unsigned op)
 	repair_header(ip, NAT_IP_HEADER_BYTES + bytes);
 	if (!(kind & 0x80) || (kind & 3) != 0) /* else UDP without a checksum */
 		repair_transport(ip);
-	give(lab, ip, NAT_IP_HEADER_BYTES + bytes, op >> 3 & 1, (uint16_t)(op >> 6 & 1 ? NAT_PKT_KERNEL_ROUTES : 0));
+	give(lab, ip, NAT_IP_HEADER_BYTES + bytes, op >> 3 & 1,
+	     (uint16_t)(op >> 6 & 1 ? NAT_PKT_KERNEL_ROUTES : 0));
 }
 
 static const struct past *a_past(const struct lab *lab, unsigned choice)
@@ -617,7 +629,8 @@ static void step_error(struct lab *lab, struct input *in, unsigned op)
 	ip[NAT_IP_PROTOCOL] = NAT_PROTO_ICMP;
 	icmp[NAT_ICMP_TYPE] = type & 8 ? (uint8_t)type : NAT_ICMP_UNREACHABLE;
 	icmp[NAT_ICMP_CODE] = type & 7;
-	nat_put32(ip + NAT_IP_SOURCE, type & 0x40 ? an_address(type) : nat_get32(past->left + NAT_IP_DESTINATION));
+	nat_put32(ip + NAT_IP_SOURCE,
+		  type & 0x40 ? an_address(type) : nat_get32(past->left + NAT_IP_DESTINATION));
 	nat_put32(ip + NAT_IP_DESTINATION, nat_get32(past->left + NAT_IP_SOURCE));
 	repair_header(ip, NAT_IP_HEADER_BYTES + NAT_ICMP_HEADER_BYTES + quoted);
 	repair_transport(ip);
@@ -754,8 +767,9 @@ static void age_away(struct lab *lab)
 {
 	run_burst(lab);
 	check_tables(lab);
-	for (int i = 0; i < 40 && (lab->e->counters.sessions || lab->held_blocks ||
-				   lab->e->records_left != SESSIONS); i++) {
+	for (int i = 0;
+	     i < 40 && (lab->e->counters.sessions || lab->held_blocks || lab->e->records_left != SESSIONS);
+	     i++) {
 		lab->now_ns += 1000 * SECOND_NS;
 		for (int tick = 0; tick < 4; tick++) {
 			nat_engine_tick(lab->e, lab->now_ns);
