@@ -17,53 +17,111 @@ struct choice {
 	bool tracked;
 };
 
-static uint32_t starting_offset(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool)
+/* Address numbers of the pool in the order of their turns. */
+static const uint32_t *turns_of(const struct nat_engine *e, const struct nat_pool *pool)
+{
+	return &e->policy->order[pool->first_order];
+}
+
+static bool in_service(const struct nat_engine *e, uint32_t address)
+{
+	return !e->policy->address[address].draining && !e->policy->address[address].reserved;
+}
+
+static uint32_t starting_turn(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool)
 {
 	if (pool->select == NAT_SELECT_ROUND_ROBIN) {
 		uint32_t *cursor = &e->notes->zone[pkt->zone].cursor;
-		uint32_t offset = *cursor;
-		*cursor = offset + 1 == pool->n_addresses ? 0 : offset + 1;
-		return offset;
+		uint32_t turn = *cursor;
+		*cursor = turn + 1 == pool->n_order ? 0 : turn + 1;
+		return turn;
 	}
 	uint32_t paired = nat_policy_address(e->policy, nat_host_paired(e, pkt->tuple.local_be));
 	if (paired != UINT32_MAX && &e->policy->pool[e->policy->address[paired].pool] == pool &&
-	    !e->policy->address[paired].draining && !e->policy->address[paired].reserved)
-		return paired - pool->first_address;
+	    in_service(e, paired))
+		return paired - pool->first_address; /* the first round of turns is the addresses in order */
 	return nat_scale32((uint32_t)(nat_hash64(&e->index.key, pkt->tuple.local_be, 2) >> 32),
-			   pool->n_addresses);
+			   pool->n_order);
 }
 
-static bool choose(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
-		   struct choice *choice)
+/* The outside tuple that is to be free: towards this remote only, or towards all. */
+static struct nat_tuple wanted_tuple(const struct nat_engine *e, const struct nat_pkt *pkt,
+				     const struct nat_pool *pool, uint32_t address)
 {
-	const bool shared = pool->mapping == NAT_ENDPOINT_DEPENDENT;
-	uint32_t offset = starting_offset(e, pkt, pool);
+	struct nat_tuple outside = pkt->tuple;
 
-	for (uint32_t tried = 0; tried < pool->n_addresses; tried++) {
-		const uint32_t number = pool->first_address + offset;
-		offset = offset + 1 == pool->n_addresses ? 0 : offset + 1;
-		if (e->policy->address[number].draining || e->policy->address[number].reserved)
+	outside.side = 1;
+	outside.local_be = e->policy->address[address].address_be;
+	if (pool->mapping == NAT_ENDPOINT_INDEPENDENT) {
+		outside.remote_be = 0;
+		outside.remote_port_be = 0;
+	}
+	return outside;
+}
+
+static enum nat_reason take_at(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
+			       uint32_t address, uint16_t first, uint16_t last, struct choice *choice)
+{
+	struct nat_tuple outside = wanted_tuple(e, pkt, pool, address);
+	const bool parity = pool->mapping == NAT_ENDPOINT_INDEPENDENT; /* RFC 4787 REQ-4 */
+	enum nat_reason reason = NAT_REASON_NO_PORT;
+
+	choice->address = address;
+	if (pool->n_blocks != 0) {
+		reason = nat_block_take(e, pool, address, pkt->tuple.local_be, &outside, parity,
+					pkt->tuple.local_port_be, &choice->tracked, &choice->port_be);
+	} else {
+		choice->port_be = nat_port_take(e, &outside, first, last, parity, pkt->tuple.local_port_be,
+						&choice->tracked);
+		if (choice->port_be != 0)
+			reason = NAT_REASON_OK;
+	}
+	if (reason != NAT_REASON_OK)
+		e->notes->address[address].refused++;
+	return reason;
+}
+
+/* RFC 7422: the host's own ports, then the share of its address that is kept for overflow. */
+static enum nat_reason choose_by_arithmetic(struct nat_engine *e, const struct nat_pkt *pkt,
+					    const struct nat_pool *pool, struct choice *choice)
+{
+	uint32_t address_be;
+	uint16_t first, n_ports;
+
+	if (!nat_policy_deterministic(e->policy, e->policy->zone[pkt->zone].config.pool, pkt->tuple.local_be,
+				      &address_be, &first, &n_ports))
+		return NAT_REASON_NO_ZONE;
+	const uint32_t address = nat_policy_address(e->policy, address_be);
+	if (take_at(e, pkt, pool, address, first, (uint16_t)(first + n_ports - 1), choice) == NAT_REASON_OK)
+		return NAT_REASON_OK;
+	if (pool->dynamic_first > pool->port_last || pool->dynamic_first <= first)
+		return NAT_REASON_HOST_PORTS;
+	return take_at(e, pkt, pool, address, pool->dynamic_first, pool->port_last, choice);
+}
+
+static enum nat_reason choose(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
+			      struct choice *choice)
+{
+	const uint32_t *turns = turns_of(e, pool);
+
+	if (pool->n_hosts != 0)
+		return choose_by_arithmetic(e, pkt, pool, choice);
+	uint32_t turn = starting_turn(e, pkt, pool);
+	for (uint32_t tried = 0; tried < pool->n_order; tried++) {
+		const uint32_t address = turns[turn];
+		turn = turn + 1 == pool->n_order ? 0 : turn + 1;
+		if (!in_service(e, address))
 			continue;
-		struct nat_tuple outside = pkt->tuple;
-		outside.side = 1;
-		outside.local_be = e->policy->address[number].address_be;
-		if (!shared) {
-			outside.remote_be = 0;
-			outside.remote_port_be = 0;
-		}
-		choice->address = number;
-		choice->port_be = nat_port_take(e, &outside, pool->port_first, pool->port_last, !shared,
-						pkt->tuple.local_port_be, &choice->tracked);
-		if (choice->port_be != 0) {
+		enum nat_reason reason =
+			take_at(e, pkt, pool, address, pool->port_first, pool->port_last, choice);
+		if (reason == NAT_REASON_OK && pool->select == NAT_SELECT_ROUND_ROBIN && tried != 0)
 			/* An address was skipped: go on behind the one that was taken, or it would get its
 			 * neighbour's share. */
-			if (pool->select == NAT_SELECT_ROUND_ROBIN && tried != 0)
-				e->notes->zone[pkt->zone].cursor = offset;
-			return true;
-		}
-		e->notes->address[number].refused++;
+			e->notes->zone[pkt->zone].cursor = turn;
+		if (reason != NAT_REASON_NO_PORT)
+			return reason;
 	}
-	return false;
+	return NAT_REASON_NO_PORT;
 }
 
 static enum nat_timer first_timer(const struct nat_engine *e, const struct nat_pkt *pkt)
@@ -77,10 +135,39 @@ static enum nat_timer first_timer(const struct nat_engine *e, const struct nat_p
 	return NAT_TIMER_UDP_ONE_WAY;
 }
 
+/* Tells the operator once, not once per packet (RFC 6888 REQ-11C): an attack must not fill the log. */
+static void alarm(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_reason reason)
+{
+	const bool has_pool =
+		pkt->zone != NAT_NO_ZONE && e->policy->zone[pkt->zone].config.action == NAT_ACTION_POOL;
+	struct nat_event event = {.reason = (uint8_t)reason, .pool_id = NAT_NO_ID};
+	uint32_t *told_s;
+
+	if (!nat_is_inbound(pkt))
+		event.inside_be = pkt->tuple.local_be;
+	if (has_pool)
+		event.pool_id = e->policy->pool[e->policy->zone[pkt->zone].config.pool].id;
+	if (reason == NAT_REASON_TABLE_FULL) {
+		event.kind = NAT_EVENT_TABLE_FULL;
+		told_s = &e->events.table_full_s;
+	} else if (has_pool && (reason == NAT_REASON_NO_PORT || reason == NAT_REASON_POOL_EMPTY)) {
+		event.kind = NAT_EVENT_PORTS_EXHAUSTED;
+		told_s = &e->notes->pool[e->policy->zone[pkt->zone].config.pool].exhausted_s;
+	} else {
+		event.kind = NAT_EVENT_HOST_LIMIT;
+		told_s = &e->events.host_limit_s;
+	}
+	if (*told_s != 0 && e->now_s + 1 - *told_s < NAT_ALARM_S)
+		return;
+	*told_s = e->now_s + 1;
+	nat_event_put(e, &event);
+}
+
 static void refuse(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason reason)
 {
 	if (pkt->zone != NAT_NO_ZONE)
 		e->notes->zone[pkt->zone].refused++;
+	alarm(e, pkt, reason);
 	if (nat_is_inbound(pkt)) {
 		nat_drop(pkt, reason); /* whoever knocks from outside is told nothing */
 		return;
@@ -103,8 +190,9 @@ static bool draft(struct nat_engine *e, struct nat_pkt *pkt, struct nat_session 
 		refuse(e, pkt, NAT_REASON_POOL_EMPTY);
 		return false;
 	}
-	if (!choose(e, pkt, pool, &choice)) {
-		refuse(e, pkt, NAT_REASON_NO_PORT);
+	const enum nat_reason reason = choose(e, pkt, pool, &choice);
+	if (reason != NAT_REASON_OK) {
+		refuse(e, pkt, reason);
 		return false;
 	}
 	*want = (struct nat_session){.inside = pkt->tuple,

@@ -97,7 +97,10 @@ static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
 		return;
 	}
 	if (!is_translated_protocol(pkt->tuple.protocol)) {
-		nat_drop(pkt, NAT_REASON_PROTOCOL);
+		if (policy->pass_other_protocols)
+			nat_pass(pkt, NAT_REASON_OTHER_PROTOCOL);
+		else
+			nat_drop(pkt, NAT_REASON_PROTOCOL);
 		return;
 	}
 	if (has_own_ports(pkt) && pkt->tuple.protocol == NAT_PROTO_ICMP && !is_query(pkt, NAT_ICMP_ECHO) &&
@@ -137,7 +140,10 @@ static void classify_outside(struct nat_engine *e, struct nat_pkt *pkt)
 		return;
 	}
 	if (!is_translated_protocol(pkt->tuple.protocol)) {
-		nat_drop(pkt, NAT_REASON_PROTOCOL);
+		if (policy->pass_other_protocols)
+			nat_pass(pkt, NAT_REASON_OTHER_PROTOCOL);
+		else
+			nat_drop(pkt, NAT_REASON_PROTOCOL);
 		return;
 	}
 	if (has_own_ports(pkt) && pkt->tuple.protocol == NAT_PROTO_ICMP &&

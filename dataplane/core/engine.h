@@ -92,6 +92,14 @@ struct nat_hosts {
 	uint32_t n_slots, used;
 };
 
+/* Events for logs and alarms, oldest first. */
+#define NAT_EVENTS 4096u
+struct nat_events {
+	struct nat_event event[NAT_EVENTS];
+	uint32_t first, n;
+	uint32_t table_full_s, host_limit_s; /* when each was last told, + 1 */
+};
+
 struct nat_engine {
 	struct nat_policy *policy;
 	struct nat_worker_notes *notes;
@@ -113,6 +121,7 @@ struct nat_engine {
 	struct nat_frags frags;
 	struct nat_wheel wheel;
 	struct nat_outbox outbox;
+	struct nat_events events;
 };
 
 /* ---- verdicts ---- */
@@ -243,6 +252,23 @@ void nat_host_remove(struct nat_engine *e, uint32_t address_be);
 
 /* The public address that this host's sessions use, 0 if it has none. */
 uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be);
+
+/* ---- port blocks (block.c) ---- */
+
+/* A free port of one of the host's blocks of this address, or of a new block: in *port_be, network order.
+ * NAT_REASON_HOST_PORTS: the host has all the blocks it may have; NAT_REASON_NO_PORT: the address has none
+ * left for it. */
+enum nat_reason nat_block_take(struct nat_engine *e, const struct nat_pool *pool, uint32_t address,
+			       uint32_t host_be, struct nat_tuple *outside, bool parity, uint16_t like_be,
+			       bool *tracked, uint16_t *port_be);
+
+/* A record that owns a port begins or ends. */
+void nat_block_count(struct nat_engine *e, const struct nat_session *s, bool begins);
+
+/* ---- events ---- */
+
+/* Fills in the time. */
+void nat_event_put(struct nat_engine *e, const struct nat_event *event);
 
 /* ---- outbox ---- */
 

@@ -64,6 +64,7 @@ struct nat_pool_config {
 	char name[NAT_NAME_MAX];
 	const struct nat_range *ranges; /* in the file's order, which is the round-robin order */
 	uint32_t n_ranges;
+	const uint32_t *weights; /* per range: turns of each of its addresses in a round; NULL: one each */
 	const struct nat_range *drain; /* addresses of the pool that take no new sessions */
 	uint32_t n_drain;
 	uint16_t port_first, port_last;
@@ -72,6 +73,12 @@ struct nat_pool_config {
 	enum nat_select select;
 	enum nat_announce announce;
 	uint32_t active_while_be; /* 0: always active */
+	/* Port blocks (RFC 6888 REQ-14): a host's ports come in blocks of this many, 0: off. */
+	uint16_t block_ports, blocks_per_host;
+	/* Deterministic mapping (RFC 7422): the hosts of this prefix share the pool by arithmetic; length 0:
+	 * off. The last `dynamic_ports` of each address serve hosts whose own ports are spent. */
+	struct nat_prefix deterministic;
+	uint16_t dynamic_ports;
 };
 
 struct nat_zone_config {
@@ -114,8 +121,9 @@ struct nat_config {
 	struct nat_limits limits;
 	struct nat_timeouts timeouts;
 	enum nat_midflow tcp_midflow;
-	enum nat_refusal refusal; /* what the host is told when no session can be made (RFC 5508 REQ-8, RFC
-				     6888 REQ-11B) */
+	bool pass_other_protocols; /* neither TCP, UDP nor ICMP: to the kernel untranslated, else dropped */
+	enum nat_refusal refusal;  /* what the host is told when no session can be made (RFC 5508 REQ-8, RFC
+				      6888 REQ-11B) */
 };
 
 /* ---- policy: the configuration made ready for packets ---- */
@@ -283,7 +291,8 @@ struct nat_counters {
 	uint64_t made;                     /* packets that the engine made itself */
 	uint64_t reason[NAT_REASON_COUNT]; /* drops by reason; passes by reason too (not part of `dropped`) */
 	uint64_t sessions_created, sessions_expired, sessions_closed;
-	uint64_t sessions;            /* live now */
+	uint64_t sessions; /* live now */
+	uint64_t events_lost;
 	uint64_t bytes_out, bytes_in; /* IPv4 bytes forwarded inside -> outside, outside -> inside */
 };
 const struct nat_counters *nat_engine_counters(const struct nat_engine *e);
@@ -304,6 +313,36 @@ const char *nat_reason_name(enum nat_reason reason);
 const char *nat_reason_meaning(enum nat_reason reason);
 const char *nat_reason_advice(enum nat_reason reason);
 enum nat_verdict nat_reason_verdict(enum nat_reason reason);
+
+/* ---- events: what an operator or a log wants to hear of ---- */
+
+enum nat_event_kind {
+	NAT_EVENT_PORTS_EXHAUSTED, /* a session was refused with no_port: once per pool in NAT_ALARM_S (RFC
+				      6888 REQ-11C) */
+	NAT_EVENT_TABLE_FULL,      /* once per worker in NAT_ALARM_S */
+	NAT_EVENT_HOST_LIMIT,      /* a host ran into a limit: once per worker in NAT_ALARM_S */
+	NAT_EVENT_BLOCK_TAKEN,     /* a host was given a block of ports */
+	NAT_EVENT_BLOCK_FREED,
+};
+#define NAT_ALARM_S 60u
+
+struct nat_event {
+	uint64_t now_ns;
+	uint32_t inside_be, outside_be; /* host; public address */
+	uint16_t port_first, port_last; /* of the block, host order */
+	uint16_t pool_id;
+	uint8_t kind;   /* enum nat_event_kind */
+	uint8_t reason; /* enum nat_reason of the refusal */
+};
+
+/* Takes the oldest event; false when there is none. From the worker's own thread. When nobody takes them the
+ * newest are lost and counted in nat_counters.events_lost: the engine never waits. */
+bool nat_engine_event(struct nat_engine *e, struct nat_event *event);
+
+/* The deterministic mapping's answer (RFC 7422): address and first port of a host, and how many ports it has.
+ * False for a host outside the prefix or a pool without it. */
+bool nat_policy_deterministic(const struct nat_policy *policy, uint32_t pool, uint32_t host_be,
+			      uint32_t *address_be, uint16_t *port_first, uint16_t *n_ports);
 
 /* ---- looking at the tables (control socket; from the worker's own thread, or stopped) ---- */
 

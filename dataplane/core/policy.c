@@ -27,6 +27,39 @@ static uint32_t count_addresses(const struct nat_config *config)
 	return n;
 }
 
+static uint32_t weight_of(const struct nat_pool_config *pool, uint32_t range)
+{
+	return pool->weights ? pool->weights[range] : 1;
+}
+
+static uint32_t count_turns(const struct nat_config *config)
+{
+	uint32_t n = 0;
+	for (uint32_t p = 0; p < config->n_pools; p++)
+		for (uint32_t r = 0; r < config->pools[p].n_ranges; r++) {
+			const struct nat_range *range = &config->pools[p].ranges[r];
+			n += (range->last - range->first + 1) * weight_of(&config->pools[p], r);
+		}
+	return n;
+}
+
+static uint32_t blocks_of(const struct nat_pool_config *pool)
+{
+	return pool->block_ports == 0
+		       ? 0
+		       : ((uint32_t)pool->port_last - pool->port_first + 1) / pool->block_ports;
+}
+
+static uint32_t count_blocks(const struct nat_config *config)
+{
+	uint32_t n = 0;
+	for (uint32_t p = 0; p < config->n_pools; p++)
+		for (uint32_t r = 0; r < config->pools[p].n_ranges; r++)
+			n += (config->pools[p].ranges[r].last - config->pools[p].ranges[r].first + 1) *
+			     blocks_of(&config->pools[p]);
+	return n;
+}
+
 /* At most a quarter full. */
 static uint32_t slots_for(uint32_t n)
 {
@@ -144,6 +177,7 @@ static void carve_policy(struct carver *c, const struct nat_config *config, stru
 	p->pool = carve(c, config->n_pools * sizeof(*p->pool));
 	p->zone = carve(c, n_zones * sizeof(*p->zone));
 	p->address = carve(c, n_addresses * sizeof(*p->address));
+	p->order = carve(c, count_turns(config) * sizeof(*p->order));
 	p->interval = carve(c, (2 * n_zones + 1) * sizeof(*p->interval));
 	p->candidate = carve(c, count_candidates(config) * sizeof(*p->candidate));
 	p->address_slots = slots_for((uint32_t)n_addresses);
@@ -155,6 +189,8 @@ static void carve_policy(struct carver *c, const struct nat_config *config, stru
 	for (uint32_t w = 0; w < workers_of(config); w++) {
 		p->notes[w].address = carve(c, n_addresses * sizeof(*p->notes[w].address));
 		p->notes[w].zone = carve(c, n_zones * sizeof(*p->notes[w].zone));
+		p->notes[w].pool = carve(c, config->n_pools * sizeof(*p->notes[w].pool));
+		p->notes[w].block = carve(c, count_blocks(config) * sizeof(*p->notes[w].block));
 	}
 }
 
@@ -201,7 +237,57 @@ static void find_address_span(struct nat_policy *p)
 	p->address_span = p->n_addresses ? high - low : 0;
 }
 
-static void build_pool(struct nat_policy *p, uint32_t i, const struct nat_pool_config *config)
+/* Round robin: in the first round each address has a turn, in the second those with weight 2 and more, and so
+ * on. */
+static void build_order(struct nat_policy *p, struct nat_pool *pool, const struct nat_pool_config *config,
+			uint32_t *used)
+{
+	pool->first_order = *used;
+	for (uint32_t round = 1, more = 1; more; round++) {
+		uint32_t number = pool->first_address;
+		more = 0;
+		for (uint32_t r = 0; r < config->n_ranges; r++) {
+			const uint32_t n = config->ranges[r].last - config->ranges[r].first + 1;
+			for (uint32_t k = 0; k < n && weight_of(config, r) >= round; k++)
+				p->order[(*used)++] = number + k;
+			more |= weight_of(config, r) > round;
+			number += n;
+		}
+	}
+	pool->n_order = *used - pool->first_order;
+}
+
+/* RFC 7422 section 2: each address serves as many hosts as are needed to serve all, each host has an equal
+ * share of the ports. */
+static void build_deterministic(struct nat_pool *pool, const struct nat_pool_config *config)
+{
+	const uint32_t n_ports = (uint32_t)config->port_last - config->port_first + 1;
+
+	if (config->deterministic.length_bits == 0)
+		return;
+	pool->hosts_first = config->deterministic.address & prefix_mask(config->deterministic.length_bits);
+	pool->n_hosts = UINT32_C(1) << (32 - config->deterministic.length_bits);
+	pool->hosts_per_address = (pool->n_hosts + pool->n_addresses - 1) / pool->n_addresses;
+	pool->ports_per_host = (uint16_t)((n_ports - config->dynamic_ports) / pool->hosts_per_address);
+	pool->dynamic_first = (uint16_t)(config->port_first + pool->ports_per_host * pool->hosts_per_address);
+}
+
+bool nat_policy_deterministic(const struct nat_policy *policy, uint32_t i, uint32_t host_be,
+			      uint32_t *address_be, uint16_t *port_first, uint16_t *n_ports)
+{
+	const struct nat_pool *pool = &policy->pool[i];
+	const uint32_t host = NAT_NTOH32(host_be) - pool->hosts_first;
+
+	if (host >= pool->n_hosts)
+		return false;
+	*address_be = policy->address[pool->first_address + host / pool->hosts_per_address].address_be;
+	*port_first = (uint16_t)(pool->port_first + host % pool->hosts_per_address * pool->ports_per_host);
+	*n_ports = pool->ports_per_host;
+	return true;
+}
+
+static void build_pool(struct nat_policy *p, uint32_t i, const struct nat_pool_config *config,
+		       uint32_t *turns)
 {
 	struct nat_pool *pool = &p->pool[i];
 	memcpy(pool->name, config->name, sizeof(pool->name));
@@ -221,6 +307,13 @@ static void build_pool(struct nat_policy *p, uint32_t i, const struct nat_pool_c
 			add_address(p, i, address, in_ranges(config->drain, config->n_drain, address));
 		}
 	}
+	build_order(p, pool, config, turns);
+	build_deterministic(pool, config);
+	pool->block_ports = config->block_ports;
+	pool->blocks_per_host = config->blocks_per_host;
+	pool->n_blocks = blocks_of(config);
+	pool->first_block = p->n_blocks;
+	p->n_blocks += pool->n_blocks * pool->n_addresses;
 }
 
 static void build_zones(struct nat_policy *p, const struct nat_config *config)
@@ -326,11 +419,12 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 	p->limits = config->limits;
 	p->tcp_midflow = (uint8_t)config->tcp_midflow;
 	p->refusal = (uint8_t)config->refusal;
+	p->pass_other_protocols = config->pass_other_protocols;
 	p->address_key = nat_key_from_seed(0, 'a');
 	for (uint32_t i = 0; i < config->n_interfaces; i++)
 		p->role[i] = (uint8_t)config->interfaces[i].role;
-	for (uint32_t i = 0; i < config->n_pools; i++)
-		build_pool(p, i, &config->pools[i]);
+	for (uint32_t i = 0, turns = 0; i < config->n_pools; i++)
+		build_pool(p, i, &config->pools[i], &turns);
 	find_address_span(p);
 	build_zones(p, config);
 	build_statics(p, config);
@@ -379,6 +473,23 @@ static bool same_zone(const struct nat_policy *a, uint32_t i, const struct nat_p
 	return x->action != NAT_ACTION_POOL || strcmp(a->pool[x->pool].name, b->pool[y->pool].name) == 0;
 }
 
+/* Blocks of another size or place are not the same blocks: the ports that are in use there stay with their
+ * sessions, and the blocks that hold them now are learned as those end (see block.c). */
+static void inherit_blocks(const struct nat_policy *policy, struct nat_worker_notes *to, uint32_t address,
+			   const struct nat_policy *old, const struct nat_worker_notes *from,
+			   uint32_t old_address)
+{
+	const struct nat_pool *pool = &policy->pool[policy->address[address].pool];
+	const struct nat_pool *old_pool = &old->pool[old->address[old_address].pool];
+
+	if (pool->n_blocks == 0 || pool->block_ports != old_pool->block_ports ||
+	    pool->port_first != old_pool->port_first || pool->n_blocks != old_pool->n_blocks)
+		return;
+	memcpy(&to->block[pool->first_block + (address - pool->first_address) * pool->n_blocks],
+	       &from->block[old_pool->first_block + (old_address - old_pool->first_address) * pool->n_blocks],
+	       pool->n_blocks * sizeof(struct nat_block));
+}
+
 void nat_policy_inherit(struct nat_policy *policy, const struct nat_policy *old, uint32_t worker)
 {
 	struct nat_worker_notes *to = &policy->notes[worker];
@@ -386,8 +497,10 @@ void nat_policy_inherit(struct nat_policy *policy, const struct nat_policy *old,
 
 	for (uint32_t i = 0; i < policy->n_addresses; i++) {
 		uint32_t k = nat_policy_address(old, policy->address[i].address_be);
-		if (k != UINT32_MAX)
-			to->address[i] = from->address[k];
+		if (k == UINT32_MAX)
+			continue;
+		to->address[i] = from->address[k];
+		inherit_blocks(policy, to, i, old, from, k);
 	}
 	/* Zones keep their order in most reloads: look at the neighbour of the last match first. */
 	for (uint32_t i = 0, next = 0; i < policy->n_zones; i++)
@@ -397,7 +510,7 @@ void nat_policy_inherit(struct nat_policy *policy, const struct nat_policy *old,
 				continue;
 			to->zone[i] = from->zone[k];
 			if (policy->zone[i].config.action == NAT_ACTION_POOL &&
-			    to->zone[i].cursor >= policy->pool[policy->zone[i].config.pool].n_addresses)
+			    to->zone[i].cursor >= policy->pool[policy->zone[i].config.pool].n_order)
 				to->zone[i].cursor = 0;
 			next = k + 1;
 			break;

@@ -36,6 +36,13 @@ struct nat_pool {
 	char name[NAT_NAME_MAX];
 	uint32_t first_address, n_addresses; /* span in nat_policy.address, in the file's order */
 	uint32_t n_in_service;               /* neither draining nor reserved */
+	uint32_t first_order, n_order;       /* span in nat_policy.order: round robin with weights */
+	uint32_t first_block,
+		n_blocks; /* blocks of the first address, and of each address; none: n_blocks is 0 */
+	uint16_t block_ports, blocks_per_host;
+	uint32_t hosts_first, n_hosts,
+		hosts_per_address; /* deterministic: inside prefix; n_hosts is 0 without it */
+	uint16_t ports_per_host, dynamic_first;
 	uint16_t port_first, port_last;
 	uint16_t id; /* stable, from the table's header */
 	uint8_t mapping, filtering, select, announce;
@@ -60,14 +67,26 @@ struct nat_address_note {
 	uint64_t sessions, created, refused;
 };
 
+struct nat_pool_note {
+	uint32_t exhausted_s; /* when NAT_EVENT_PORTS_EXHAUSTED was last told, + 1 */
+};
+
 struct nat_zone_note {
 	uint64_t created, refused;
-	uint32_t cursor; /* round robin: offset in the pool's span of the address that is next */
+	uint32_t cursor; /* round robin: offset in the pool's order of the address that is next */
+};
+
+/* A block of ports of one address, given to a host as long as it has mappings or sessions there. */
+struct nat_block {
+	uint32_t host_be; /* 0: free */
+	uint32_t taken;   /* ports in use, each counted as often as sessions use it */
 };
 
 struct nat_worker_notes { /* written by one worker only */
 	struct nat_address_note *address;
 	struct nat_zone_note *zone;
+	struct nat_block *block;
+	struct nat_pool_note *pool;
 };
 
 struct nat_policy {
@@ -76,6 +95,8 @@ struct nat_policy {
 	struct nat_pool *pool;
 	struct nat_zone *zone;
 	struct nat_address *address;
+	uint32_t *order; /* address numbers, each as often as its weight */
+	uint32_t n_blocks;
 	struct nat_interval *interval;
 	uint32_t *candidate;
 	uint32_t interval_of[257];          /* by the top 8 bits: where a search begins */
@@ -90,6 +111,7 @@ struct nat_policy {
 	struct nat_timeouts timeouts;
 	struct nat_limits limits;
 	uint8_t tcp_midflow, refusal;
+	bool pass_other_protocols;
 	bool has_pass_zone;
 	_Atomic uint32_t bound; /* 0 new, 1 being bound, 2 stable ids are in */
 };

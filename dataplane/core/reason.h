@@ -15,6 +15,7 @@
 	NAT_REASON(GROUP, "group", PASS, "multicast or broadcast", "") \
 	NAT_REASON(ZONE_PASS, "zone_pass", PASS, "a zone with action pass", "") \
 	NAT_REASON(INSIDE_ONLY, "inside_only", PASS, "from inside to a destination inside", "") \
+	NAT_REASON(OTHER_PROTOCOL, "other_protocol", PASS, "neither TCP, UDP nor ICMP, and other_protocols is pass", "") \
 	NAT_REASON(KERNEL_ROUTE, "kernel_route", PASS, "an outside packet that belongs to a pass zone", "") \
 	/* parse */ \
 	NAT_REASON(TRUNCATED, "truncated", DROP, "fewer bytes than the headers say", "look for a broken sender or a wrong MTU") \
@@ -41,6 +42,7 @@
 	NAT_REASON(NO_PORT, "no_port", DROP, "no port of any address is free towards this remote", "add addresses to the pool") \
 	NAT_REASON(TABLE_FULL, "table_full", DROP, "max_sessions reached", "raise engine.max_sessions") \
 	NAT_REASON(HOST_SESSIONS, "host_sessions", DROP, "the host has limits.sessions_per_host sessions", "look for an infected host, or raise the limit") \
+	NAT_REASON(HOST_PORTS, "host_ports", DROP, "the host has used up its port blocks", "look for an infected host, or raise blocks_per_host") \
 	NAT_REASON(HOST_RATE, "host_rate", DROP, "the host opens sessions faster than limits.new_per_host_per_s", "look for an infected host, or raise the limit") \
 	/* route */ \
 	NAT_REASON(NO_ROUTE, "no_route", DROP, "the kernel has no route to the destination", "check the default route") \

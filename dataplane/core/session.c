@@ -162,6 +162,11 @@ static struct nat_tuple permit_key(const struct nat_tuple *inside, uint32_t remo
 	return key;
 }
 
+static bool owns_port(const struct nat_session *s)
+{
+	return (s->flags & (NAT_RECORD_UNDER_MAPPING | NAT_RECORD_STATIC)) == 0 && s->inside.zero[0] == 0;
+}
+
 static uint32_t find_permit(struct nat_engine *e, const struct nat_tuple *inside, uint32_t remote_be)
 {
 	const struct nat_tuple key = permit_key(inside, remote_be);
@@ -246,6 +251,8 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	/* From here on the record counts, also for a process that comes after this one. */
 	atomic_signal_fence(memory_order_release);
 	*(volatile uint8_t *)&s->timer = want->timer;
+	if (owns_port(s))
+		nat_block_count(e, s, true);
 	if (s->flags & NAT_RECORD_MAPPING)
 		return record;
 	nat_wheel_hang(e, record);
@@ -294,6 +301,8 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 	e->records_left++;
 	if (gone.flags & NAT_RECORD_TRACKED)
 		nat_port_release(e, &gone);
+	if (owns_port(&gone))
+		nat_block_count(e, &gone, false);
 	if (gone.flags & NAT_RECORD_MAPPING)
 		return;
 	count_session(e, &gone, -1);
@@ -466,6 +475,8 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 	s->worker = (uint8_t)e->worker;
 	s->flags &= (uint8_t)~NAT_RECORD_TRACKED;
 	s->slot = NAT_OFF_WHEEL;
+	if (owns_port(s))
+		nat_block_count(e, s, true);
 	if (is_mapping) {
 		s->references = s->guests = 0;
 		if (s->timer == NAT_TIMER_HOLD)

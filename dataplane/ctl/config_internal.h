@@ -92,9 +92,11 @@ bool config_read_prefix(struct config *config, const struct node *node, const ch
 			struct nat_prefix *out);
 bool config_read_address(struct config *config, const struct node *node, const char *key, uint32_t *out);
 
-/* What cannot be read is left out; gives how many remain, each with its place. */
+/* What cannot be read is left out; gives how many remain, each with its place and, where asked for, its
+ * weight. */
 uint32_t config_read_ranges(struct config *config, const struct node *node, const char *key,
-			    const struct nat_range **out, const struct node ***places);
+			    const struct nat_range **out, const uint32_t **weights,
+			    const struct node ***places);
 void config_read_ports(struct config *config, const struct node *node, uint16_t *port_first,
 		       uint16_t *port_last);
 

@@ -7,6 +7,7 @@
  * tests/dataplane/test_config.py holds that table and this file together.
  */
 #include <ctype.h>
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -224,10 +225,70 @@ static void read_interfaces(struct config *config, const struct node *node, stru
 	config->nat.n_interfaces = n;
 }
 
+/* How a host's ports are kept together: blocks, or arithmetic. Both keep a host on one address. */
+static void read_shares(struct config *config, struct nat_pool_config *out, const struct node *block_ports,
+			const struct node *blocks_per_host, const struct node *deterministic,
+			const struct node *dynamic_ports)
+{
+	const uint32_t n_ports = (uint32_t)out->port_last - out->port_first + 1;
+	uint64_t n_addresses = 0, hosts;
+
+	config_read_u16(config, block_ports, "block_ports", 16, 32768, &out->block_ports);
+	out->blocks_per_host = 4;
+	config_read_u16(config, blocks_per_host, "blocks_per_host", 1, 4096, &out->blocks_per_host);
+	config_read_u16(config, dynamic_ports, "dynamic_ports", 0, 65535, &out->dynamic_ports);
+	if (blocks_per_host && !block_ports)
+		config_error(config, blocks_per_host,
+			     "blocks_per_host needs \"block_ports\"; add it, or remove this");
+	if (dynamic_ports && !deterministic)
+		config_error(config, dynamic_ports,
+			     "dynamic_ports needs \"deterministic\"; add it, or remove this");
+	if (block_ports && deterministic)
+		config_error(config, block_ports,
+			     "a pool has blocks or a deterministic mapping; remove one of the two");
+	if (block_ports && out->block_ports > n_ports)
+		config_error(config, block_ports,
+			     "a block of %u ports is larger than the pool's %u ports; make it smaller",
+			     out->block_ports, n_ports);
+	if ((block_ports || deterministic) && out->select != NAT_SELECT_PAIRED)
+		config_error(config, block_ports ? block_ports : deterministic,
+			     "a host whose ports are kept together has one address; add \"select: paired\"");
+	if (!deterministic ||
+	    !config_read_prefix(config, deterministic, "deterministic", &out->deterministic))
+		return;
+	for (uint32_t i = 0; i < out->n_ranges; i++)
+		n_addresses += (uint64_t)out->ranges[i].last - out->ranges[i].first + 1;
+	hosts = UINT64_C(1) << (32 - out->deterministic.length_bits);
+	if (out->deterministic.length_bits == 0)
+		config_error(config, deterministic,
+			     "\"deterministic\" is every address there is; write the prefix of the hosts");
+	else if (n_addresses &&
+		 (out->dynamic_ports >= n_ports ||
+		  (n_ports - out->dynamic_ports) / ((hosts + n_addresses - 1) / n_addresses) == 0))
+		config_error(config, deterministic,
+			     "%" PRIu64 " hosts on %" PRIu64
+			     " addresses leave no port for each; add addresses, or shorten the prefix",
+			     hosts, n_addresses);
+}
+
 static bool read_pool(struct config *config, const struct node *node, struct nat_pool_config *out,
 		      struct pool_places *places)
 {
-	enum { NAME, ADDRESSES, DRAIN, PORTS, MAPPING, FILTERING, SELECT, ANNOUNCE, ACTIVE_WHILE };
+	enum {
+		NAME,
+		ADDRESSES,
+		DRAIN,
+		PORTS,
+		MAPPING,
+		FILTERING,
+		SELECT,
+		ANNOUNCE,
+		ACTIVE_WHILE,
+		BLOCK_PORTS,
+		BLOCKS_PER_HOST,
+		DETERMINISTIC,
+		DYNAMIC_PORTS
+	};
 	static const struct key keys[] = {
 		[NAME] = {"name", true},
 		[ADDRESSES] = {"addresses", true},
@@ -238,6 +299,10 @@ static bool read_pool(struct config *config, const struct node *node, struct nat
 		[SELECT] = {"select", false},
 		[ANNOUNCE] = {"announce", false},
 		[ACTIVE_WHILE] = {"active_while", false},
+		[BLOCK_PORTS] = {"block_ports", false},
+		[BLOCKS_PER_HOST] = {"blocks_per_host", false},
+		[DETERMINISTIC] = {"deterministic", false},
+		[DYNAMIC_PORTS] = {"dynamic_ports", false},
 	};
 	const struct node *value[COUNT(keys)];
 	uint32_t address;
@@ -252,10 +317,11 @@ static bool read_pool(struct config *config, const struct node *node, struct nat
 			config_error(config, value[ADDRESSES], "pool %s has no address; give it at least one",
 				     config_shown(config, out->name));
 		out->n_ranges = config_read_ranges(config, value[ADDRESSES], "addresses", &out->ranges,
-						   &places->range);
+						   &out->weights, &places->range);
 	}
 	if (value[DRAIN])
-		out->n_drain = config_read_ranges(config, value[DRAIN], "drain", &out->drain, &places->drain);
+		out->n_drain =
+			config_read_ranges(config, value[DRAIN], "drain", &out->drain, NULL, &places->drain);
 	config_read_ports(config, value[PORTS], &out->port_first, &out->port_last);
 	if (config_read_word(config, value[MAPPING], "mapping", mapping_words, COUNT(mapping_words), &word))
 		out->mapping = (enum nat_mapping_kind)word;
@@ -276,6 +342,8 @@ static bool read_pool(struct config *config, const struct node *node, struct nat
 	if (config_read_word(config, value[ANNOUNCE], "announce", announce_words, COUNT(announce_words),
 			     &word))
 		out->announce = (enum nat_announce)word;
+	read_shares(config, out, value[BLOCK_PORTS], value[BLOCKS_PER_HOST], value[DETERMINISTIC],
+		    value[DYNAMIC_PORTS]);
 	if (config_read_address(config, value[ACTIVE_WHILE], "active_while", &address)) {
 		places->active_while = value[ACTIVE_WHILE];
 		out->active_while_be = __builtin_bswap32(address);
@@ -533,15 +601,17 @@ static void set_defaults(struct nat_config *nat, struct nat_pool_config *pool, b
 
 void config_keys(struct config *config, const struct node *root, struct places *places, unsigned flags)
 {
-	enum { PROFILE, ENGINE, INTERFACES, POOLS, ZONES, STATIC, LIMITS, TIMEOUTS, MIDFLOW, REFUSAL };
+	enum { PROFILE, ENGINE, INTERFACES, POOLS, ZONES, STATIC, LIMITS, TIMEOUTS, MIDFLOW, REFUSAL, OTHER };
 	static const struct key keys[] = {
-		[PROFILE] = {"profile", false},      [ENGINE] = {"engine", false},
-		[INTERFACES] = {"interfaces", true}, [POOLS] = {"pools", false},
-		[ZONES] = {"zones", false},          [STATIC] = {"static", false},
-		[LIMITS] = {"limits", false},        [TIMEOUTS] = {"timeouts", false},
-		[MIDFLOW] = {"tcp_midflow", false},  [REFUSAL] = {"refusal", false},
+		[PROFILE] = {"profile", false},       [ENGINE] = {"engine", false},
+		[INTERFACES] = {"interfaces", true},  [POOLS] = {"pools", false},
+		[ZONES] = {"zones", false},           [STATIC] = {"static", false},
+		[LIMITS] = {"limits", false},         [TIMEOUTS] = {"timeouts", false},
+		[MIDFLOW] = {"tcp_midflow", false},   [REFUSAL] = {"refusal", false},
+		[OTHER] = {"other_protocols", false},
 	};
 	static const char *const profiles[] = {"default", "dsnat"};
+	static const char *const other_words[] = {"drop", "pass"};
 	const struct node *value[COUNT(keys)];
 	struct nat_pool_config pool;
 	unsigned word = 0;
@@ -561,6 +631,8 @@ void config_keys(struct config *config, const struct node *root, struct places *
 	if (config_read_word(config, value[MIDFLOW], "tcp_midflow", midflow_words, COUNT(midflow_words),
 			     &word))
 		config->nat.tcp_midflow = (enum nat_midflow)word;
+	if (config_read_word(config, value[OTHER], "other_protocols", other_words, COUNT(other_words), &word))
+		config->nat.pass_other_protocols = word == 1;
 	if (config_read_word(config, value[REFUSAL], "refusal", refusal_words, COUNT(refusal_words), &word))
 		config->nat.refusal = (enum nat_refusal)word;
 }

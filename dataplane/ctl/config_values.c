@@ -478,21 +478,41 @@ malformed:
 	return false;
 }
 
+/* A range, or {range: RANGE, weight: N} where weights are wanted. */
+static bool read_weighted(struct config *config, const struct node *node, const char *key,
+			  struct nat_range *out, uint32_t *weight)
+{
+	static const struct key keys[] = {{"range", true}, {"weight", false}};
+	const struct node *value[2];
+
+	if (!weight || node->kind != NODE_MAP)
+		return read_range(config, node, key, out);
+	if (!config_fields(config, node, key, keys, 2, value))
+		return false;
+	config_read_u32(config, value[1], "weight", 1, 100, weight);
+	return value[0] && read_range(config, value[0], key, out);
+}
+
 /* A list of ranges, or one of them without a list; what cannot be read is left out. */
 uint32_t config_read_ranges(struct config *config, const struct node *node, const char *key,
-			    const struct nat_range **out, const struct node ***places)
+			    const struct nat_range **out, const uint32_t **weights,
+			    const struct node ***places)
 {
 	const struct node *element = node->kind == NODE_LIST ? node->first : node;
 	uint32_t n = node->kind == NODE_LIST ? node->n : 1, used = 0;
 	struct nat_range *ranges = config_take(config, n ? n : 1, sizeof(*ranges));
 	const struct node **where = config_take(config, n ? n : 1, sizeof(struct node *));
-
+	uint32_t *turns = weights ? config_take(config, n ? n : 1, sizeof(*turns)) : NULL;
 	for (uint32_t i = 0; i < n; i++, element = element->next) {
-		if (!read_range(config, element, key, &ranges[used]))
+		if (turns)
+			turns[used] = 1;
+		if (!read_weighted(config, element, key, &ranges[used], turns ? &turns[used] : NULL))
 			continue;
 		where[used++] = element;
 	}
 	*out = ranges;
+	if (weights)
+		*weights = turns;
 	*places = where;
 	return used;
 }
