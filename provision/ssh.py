@@ -137,7 +137,7 @@ class Connection:
         def left() -> float:
             return max(0.01, end - time.monotonic())
 
-        slow = RemoteTimeout(f"{self._name}: no answer within {deadline_s:.0f} s")
+        slow = RemoteTimeout(f"{self._name}: no answer within {deadline_s:g} s")
         lost = LostInFlight(f"{self._name}: the connection ended while the gateway worked")
         try:
             channel = self._transport.open_session(timeout=left())
@@ -254,14 +254,16 @@ def _log_in(transport: paramiko.Transport, recorder: _Recorder, target: Target, 
     transport.banner_timeout = left()
     transport.auth_timeout = left()
     try:
-        transport.start_client(timeout=left())
+        transport.start_client(timeout=left())  # returns also when time is over; the key is not there then
+        shown = transport.get_remote_server_key()
     except IncompatiblePeer as error:
         if "host key" in str(error):
             raise HostKeyMismatch(str(target), "a key of another type", kind) from error
         raise Unreachable(f"{target} and this program have no common way to encrypt: {error}") from error
     except (paramiko.SSHException, EOFError, OSError) as error:
+        if time.monotonic() >= end:
+            raise ConnectTimeout(f"{target} does not speak SSH in time") from error
         raise _classify(error, bytes(recorder.first), target) from error
-    shown = transport.get_remote_server_key()
     if (shown.get_name(), shown.get_base64()) != (kind, blob.split()[0]):
         wanted = paramiko.PKey.from_type_string(kind, _decode(blob.split()[0]))
         raise HostKeyMismatch(str(target), shown.fingerprint, wanted.fingerprint)

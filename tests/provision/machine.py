@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,16 @@ class FakeMachine(Machine):
         self.said: list[str] = []
         self.steps_left: int | None = None
         self._snapshot: Path | None = None
+        self.source: Callable[[], float] | None = None
+
+    def real_time(self) -> None:
+        """For machines behind a real network: the clock goes by itself."""
+        self.source = time.monotonic
 
     # -- what the agent asks of a machine --
 
     def clock(self) -> float:
-        return self.now
+        return self.now if self.source is None else self.source()
 
     def wall(self) -> float:
         return 1_800_000_000.0 + self.now
@@ -43,6 +50,8 @@ class FakeMachine(Machine):
         return f"boot-{self.boot}"
 
     def sleep(self, seconds: float) -> None:
+        if self.source is not None:
+            time.sleep(seconds)
         self.now += seconds
 
     def step(self, name: str) -> None:

@@ -1,0 +1,92 @@
+"""Five hundred gateways from one file: server doubles (paramiko, in one process of their own) with the real agent.
+
+2 % are dead, 1 % show another host key, 1 % take two seconds for every answer. The run must name each of them and
+leave all others with the change.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.provision.sshd import make_key
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNT = 500
+
+
+def fleet(found: list[dict[str, str]], identity: Path) -> str:
+    lines = [
+        "schema: 1",
+        "defaults:",
+        f"  ssh: {{user: root, identity: {identity}, connect_timeout: 20s}}",
+        "  rollout: {failures: 1000, first_wave_percent: 10}",
+        "pools:",
+    ]
+    lines += [f"  p{n}: {{addresses: [198.18.{n // 250}.{n % 250 + 1}]}}" for n in range(len(found))]
+    lines.append("gateways:")
+    for n, gateway in enumerate(found):
+        outside, own = f"outside{n}", f"198.51.100.{n % 250 + 1}"
+        lines += [
+            f"  {gateway['name']}:",
+            f"    management: {{address: 127.0.0.1, port: {gateway['port']}}}",
+            f"    host_key: {gateway['key']}",
+            "    interfaces:",
+            "      inside0: {role: inside, path: nfqueue, addresses: [100.64.0.2/24]}",
+            f"      {outside}: {{role: outside, path: nfqueue, addresses: [192.0.{n // 250 + 2}.{n % 250 + 1}/24]}}",
+            "    zones:",
+            f"      - {{source: 100.64.0.0/24, pool: p{n}}}",
+        ]
+        assert own
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.net
+@pytest.mark.timeout(600)
+def test_500_gateways_are_planned_and_pushed_and_each_one_is_accounted_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_key(tmp_path / "user")
+    argv = [sys.executable, "-m", "tests.provision.double", str(COUNT), str(tmp_path)]
+    with subprocess.Popen(
+        argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as servers:
+        assert servers.stdout is not None
+        assert servers.stdin is not None
+        try:
+            found = json.loads(servers.stdout.readline())
+            kinds = {gateway["name"]: gateway["kind"] for gateway in found}
+            file = tmp_path / "fleet.yaml"
+            file.write_text(fleet(found, tmp_path / "user"))
+            begun = time.monotonic()
+            words = ["--file", str(file), "push", "--yes", "--json", "--jobs", "64"]
+            done = subprocess.run(
+                [sys.executable, "-m", "provision", *words],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            seconds = time.monotonic() - begun
+        finally:
+            servers.stdin.close()
+            servers.wait(30)
+    assert done.stdout.startswith("{"), done.stderr
+    results = {r["gateway"]: r for r in json.loads(done.stdout)["results"]}
+    assert len(results) == COUNT
+    for name, result in results.items():
+        expected = {"dead": "unreached", "wrong-key": "unreached"}.get(kinds[name], "confirmed")
+        assert result["outcome"] == expected, result
+        if kinds[name] == "wrong-key":
+            assert "another host key" in result["text"]
+    assert done.returncode == 3
+    peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
+    with capsys.disabled():
+        print(f"\n{COUNT} gateways: {seconds:.0f} s, at most {peak_mib} MiB, {dict(Counter(kinds.values()))}")
