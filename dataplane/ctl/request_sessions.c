@@ -11,8 +11,8 @@
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
 #define SCAN_RECORDS  262144u /* looked at for one answer; a rare match must not block the control thread */
-#define PAGE_SESSIONS 1000u   /* in one answer, unless the request says otherwise */
-#define PAGE_MAX      10000u
+#define PAGE_SESSIONS 500u    /* in one answer, unless the request says otherwise */
+#define PAGE_MAX      1000u   /* some 10 ms of the control thread, which also follows routes and neighbours */
 
 /* ---- sessions: filters ---- */
 
