@@ -17,7 +17,6 @@
 #include <errno.h>
 #include <getopt.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -508,14 +507,17 @@ static enum status fail(enum status status, const char *sentence)
 	return status;
 }
 
+/* The core does not hand packets over between engines yet, and a worker that cannot find the session of a
+ * reply would drop it: until then one worker has all queues. */
+#define WORKERS_SUPPORTED 1u
+
 static uint32_t workers_wanted(const struct nat_config *config)
 {
-	cpu_set_t allowed;
-	int cpus = sched_getaffinity(0, sizeof allowed, &allowed) ? 1 : CPU_COUNT(&allowed);
-
-	if (config->workers)
-		return config->workers;
-	return cpus < 3 ? 1 : (uint32_t)cpus - 1 > NAT_WORKERS_MAX ? NAT_WORKERS_MAX : (uint32_t)cpus - 1;
+	if (config->workers > WORKERS_SUPPORTED)
+		fprintf(stderr,
+			"dsnatd: engine.workers: %u is taken as %u: this version translates with one core\n",
+			config->workers, WORKERS_SUPPORTED);
+	return WORKERS_SUPPORTED;
 }
 
 static enum status open_devices(struct daemon *d)

@@ -57,19 +57,15 @@ class Gateway:
     daemon: Program = field(init=False)
     starts: int = 0
 
-    def start(self, *options: str, ready_s: float = 30) -> None:
+    def argv(self) -> tuple[str, ...]:
+        return (str(self.program), "--config", str(self.file), "--socket", str(self.socket))
+
+    def start(self, *options: str, ready_s: float = 30, env: Mapping[str, str] | None = None) -> None:
         """Starts the engine and waits for its word."""
         self.starts += 1
-        argv = [
-            str(self.program),
-            "--config",
-            str(self.file),
-            "--socket",
-            str(self.socket),
-            "--no-huge",
-            *options,
-        ]
-        self.daemon = self.space.start(*argv, log=f"dsnatd-{self.starts}.log")
+        settings = [f"{name}={value}" for name, value in (env or {}).items()]
+        argv = (*self.argv(), "--no-huge", *options)
+        self.daemon = self.space.start("env", *settings, *argv, log=f"dsnatd-{self.starts}.log")
 
         def ready() -> bool:
             assert self.daemon.running, f"dsnatd ended at once:\n{self.daemon.text()[-3000:]}"

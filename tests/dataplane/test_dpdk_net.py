@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -235,6 +237,53 @@ def test_sessions_go_on_after_kill_minus_9(lab: Lab, program: Callable[[str], Pa
     gateway.close()
 
 
+class Store:
+    """systemd's side of sd_notify: takes messages, and keeps the descriptors that come with them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.messages, self.kept = path, list[str](), list[int]()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        threading.Thread(target=self.receive, daemon=True).start()
+
+    def receive(self) -> None:
+        with suppress(OSError):
+            while True:
+                data, fds, _flags, _sender = socket.recv_fds(self.socket, 4096, 8)
+                if not data:
+                    return
+                self.messages.append(data.decode())
+                self.kept += fds
+
+    def close(self) -> None:
+        self.socket.close()
+        self.path.unlink()
+        for fd in self.kept:
+            os.close(fd)
+
+
+def test_a_twin_keeps_its_carrier_and_address_when_the_engine_is_killed(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), config(), start=False)
+    store = Store(Path("/tmp", f"{lab.prefix}.notify"))
+    lab.undo.callback(store.close)
+    gateway.start(env={"NOTIFY_SOCKET": str(store.path)})
+    gateway.address()
+    wait_until("a queue of each twin in the store", lambda: len(store.kept) == 2)
+    assert "FDSTORE=1\nFDNAME=twin-inside0\nFDPOLL=0" in store.messages
+    assert any("READY=1" in message for message in store.messages)
+    assert " 3 received" in ping(gateway.client, SERVER)
+    before = gateway.space.ip("address show dev outside0")
+    gateway.daemon.process.kill()
+    gateway.daemon.wait(timeout_s=10)
+    assert "NO-CARRIER" not in before
+    assert gateway.space.ip("address show dev outside0") == before
+    gateway.start()
+    assert " 3 received" in ping(gateway.client, SERVER)
+    gateway.close()
+
+
 def test_an_interface_that_is_not_there_is_one_sentence_and_status_3(
     lab: Lab, program: Callable[[str], Path]
 ) -> None:
@@ -245,17 +294,8 @@ def test_an_interface_that_is_not_there_is_one_sentence_and_status_3(
     assert "dsnatd: there is no interface nosuch; make it before dsnatd starts\n" in ended.text()
 
 
-def test_a_second_daemon_on_the_same_socket_is_refused_with_status_5(
-    gateway: Gateway, program: Callable[[str], Path]
-) -> None:
-    argv = (
-        str(program("dsnatd")),
-        "--config",
-        str(gateway.file),
-        "--socket",
-        str(gateway.socket),
-        "--no-huge",
-    )
+def test_a_second_daemon_on_the_same_socket_is_refused_with_status_5(gateway: Gateway) -> None:
+    argv = (*gateway.argv(), "--no-huge")
     ended = gateway.space.start(*argv, log="second.log")
     assert ended.wait(timeout_s=30) == 5, ended.text()
     assert " 3 received" in ping(gateway.client, SERVER), "the first one was disturbed"
