@@ -164,21 +164,19 @@ def main() -> None:
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)
     count, directory = int(sys.argv[1]), Path(sys.argv[2])
     user_key = paramiko.PKey.from_path(directory / "user")
-    host_keys = [new_key() for _ in range(10)]
     found = []
     with contextlib.ExitStack() as stack:
         for number in range(count):
             name = f"gw{number}"
             kind = {3: "dead", 53: "dead", 7: "wrong-key", 11: "slow"}.get(number % 100, "good")
-            key = host_keys[number % 10]
+            key = new_key()
             gateway = Gateway(
                 directory / name, [f"198.51.100.{number % 250 + 1}"], 2.0 if kind == "slow" else 0.0
             )
             double = stack.enter_context(Double(gateway, key, user_key))
-            public = Double(gateway, host_keys[(number + 1) % 10]).public_key() if kind == "wrong-key" else ""
-            found.append(
-                {"name": name, "port": double.port, "key": public or double.public_key(), "kind": kind}
-            )
+            pinned = new_key() if kind == "wrong-key" else key
+            public = f"{pinned.get_name()} {pinned.get_base64()}"
+            found.append({"name": name, "port": double.port, "key": public, "kind": kind})
             if kind == "dead":
                 double.__exit__()
         print(json.dumps(found), flush=True)

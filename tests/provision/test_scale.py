@@ -1,7 +1,7 @@
-"""Five hundred gateways from one file: server doubles (paramiko, in one process of their own) with the real agent.
+"""Five hundred gateways from one file: server doubles (paramiko, all in one process) with the real agent.
 
-2 % are dead, 1 % show another host key, 1 % take two seconds for every answer. The run must name each of them and
-leave all others with the change.
+2 % are dead, 1 % show another host key, 1 % take two seconds for every answer. The run must name each of
+them and leave all others with the change.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ def fleet(found: list[dict[str, str]], identity: Path) -> str:
     lines += [f"  p{n}: {{addresses: [198.18.{n // 250}.{n % 250 + 1}]}}" for n in range(len(found))]
     lines.append("gateways:")
     for n, gateway in enumerate(found):
-        outside, own = f"outside{n}", f"198.51.100.{n % 250 + 1}"
+        own = f"192.0.{n // 250 + 2}.{n % 250 + 1}/24"
         lines += [
             f"  {gateway['name']}:",
             f"    management: {{address: 127.0.0.1, port: {gateway['port']}}}",
             f"    host_key: {gateway['key']}",
             "    interfaces:",
             "      inside0: {role: inside, path: nfqueue, addresses: [100.64.0.2/24]}",
-            f"      {outside}: {{role: outside, path: nfqueue, addresses: [192.0.{n // 250 + 2}.{n % 250 + 1}/24]}}",
+            f"      outside0: {{role: outside, path: nfqueue, addresses: [{own}]}}",
             "    zones:",
             f"      - {{source: 100.64.0.0/24, pool: p{n}}}",
         ]
-        assert own
     return "\n".join(lines) + "\n"
 
 
