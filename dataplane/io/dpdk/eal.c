@@ -211,6 +211,7 @@ int eal_start(const struct nat_config *config, const struct eal_options *options
 	int status = rte_eal_init(a->n, a->text);
 
 	free(a);
+	(void)rmdir(rte_eal_get_runtime_dir()); /* EAL makes it always; we share no files, so it is empty */
 	if (status >= 0)
 		return 0;
 	snprintf(why, why_bytes, "DPDK does not start (%s); its own words are above%s",
@@ -222,9 +223,5 @@ int eal_start(const struct nat_config *config, const struct eal_options *options
 
 void eal_stop(void)
 {
-	char directory[256];
-
-	snprintf(directory, sizeof directory, "%s", rte_eal_get_runtime_dir());
 	rte_eal_cleanup();
-	(void)rmdir(directory); /* made for nothing: we share no files */
 }
