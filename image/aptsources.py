@@ -1,11 +1,11 @@
 """The machine's own Debian package sources, moved to another release.
 
-The image and the tools tree are Debian 13, the build machine may be Debian 12. Both come from the place that the
-machine's administrator already trusts: the entries of /etc/apt are read, those of the Debian archive kept, and only
-their suite is changed. No host name of a mirror is written anywhere in this repository.
+The image and the tools tree are Debian 13, the build machine may be Debian 12. Both come from the place that
+the machine's administrator already trusts: the entries of /etc/apt are read, those of the Debian archive
+kept, and only their suite is changed. No host name of a mirror is written anywhere in this repository.
 
-Kept: entries of type deb with component main that the Debian archive key signs, or whose address ends in "debian" or
-"debian-security". Dropped: third parties, source packages, backports, proposed updates.
+Kept: entries of type deb with component main that the Debian archive key signs, or whose address ends in
+"debian" or "debian-security". Dropped: third parties, source packages, backports, proposed updates.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Source:
         return [f"deb [signed-by={KEYRING}] {self.uri} {suite} main" for suite in self.suites]
 
     def stanza(self) -> str:
-        return f"Types: deb\nURIs: {self.uri}\nSuites: {' '.join(self.suites)}\nComponents: main\nSigned-By: {KEYRING}\n"
+        return (
+            f"Types: deb\nURIs: {self.uri}\nSuites: {' '.join(self.suites)}\nComponents: main\n"
+            f"Signed-By: {KEYRING}\n"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ def _entries(apt: Path) -> Iterator[_Entry]:
 
 
 def _resolve(uri: str) -> str:
-    """Cloud images name their mirror in a file (mirror+file:/etc/apt/mirrors/...); inside a build it is not there."""
+    """Cloud images name their mirror in a file (mirror+file:/etc/apt/mirrors/...); inside a build it is not
+    there.
+    """
     for scheme in ("mirror+file:", "mirror:file:"):
         if uri.startswith(scheme):
             listed = Path("/" + uri.removeprefix(scheme).lstrip("/")).read_text().split()
@@ -126,7 +131,9 @@ def _is_debian(entry: _Entry) -> bool:
 
 
 def debian_sources(release: str, apt: Path = Path("/etc/apt")) -> list[Source]:
-    """The machine's Debian entries with their suite changed to `release`, `release`-updates, `release`-security."""
+    """The machine's Debian entries with their suite changed to `release`, `release`-updates,
+    `release`-security.
+    """
     found: dict[str, list[str]] = {}
     for entry in _entries(apt):
         base, _, pocket = entry.suite.replace("/", "-").partition("-")
@@ -138,12 +145,15 @@ def debian_sources(release: str, apt: Path = Path("/etc/apt")) -> list[Source]:
             suites.append(suite)
     if not any(release in suites for suites in found.values()):
         raise SourcesError(
-            f"{apt}: no entry of the Debian archive with component main; add one to sources.list.d (any release will do)"
+            f"{apt}: no entry of the Debian archive with component main; "
+            "add one to sources.list.d (any release will do)"
         )
     return [Source(uri, tuple(suites)) for uri, suites in found.items()]
 
 
 def transport_options() -> list[str]:
-    """apt options of this machine that say how to reach the archive (proxy, retries, dates), as lines of apt.conf."""
+    """apt options of this machine that say how to reach the archive (proxy, retries, dates), as lines of
+    apt.conf.
+    """
     dump = subprocess.run(["apt-config", "dump"], check=True, capture_output=True, text=True).stdout
     return [line for line in dump.splitlines() if TRANSPORT_KEYS.match(line) and not line.endswith('"";')]

@@ -1,14 +1,14 @@
 """Look into the built image without booting it: `python -m image.audit`.
 
-Every check answers "would an operator want to know this before flashing it": are the programs built with the usual
-protections, does every library and symbol version exist, are the NIC drivers of the fleet there, is a key or a password
-baked in, does anything run that should not, does it fit the budget. The root file system is unpacked out of its own
-partition, so what is looked at is what would be booted.
+Every check answers "would an operator want to know this before flashing it": are the programs built with the
+usual protections, does every library and symbol version exist, are the NIC drivers of the fleet there, is a
+key or a password baked in, does anything run that should not, does it fit the budget. The root file system is
+unpacked out of its own partition, so what is looked at is what would be booted.
 
 Two measures: `OURS` (the engine) must have everything; Debian's programs must have what all of Debian has.
 
-Writes audit.json beside the image: all that was looked at, and what was wrong. Exit status: 0 all well, 1 something is
-wrong (each on a line of its own), 2 wrong usage, 3 there is no image or no tools tree.
+Writes audit.json beside the image: all that was looked at, and what was wrong. Exit status: 0 all well, 1
+something is wrong (each on a line of its own), 2 wrong usage, 3 there is no image or no tools tree.
 """
 
 from __future__ import annotations
@@ -38,15 +38,42 @@ OURS = ("usr/bin/dsnatd", "usr/bin/dsnat-replay")
 LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib64", "usr/lib/x86_64-linux-gnu/systemd")
 DRIVERS = (
     *("bus_pci", "bus_vdev", "mempool_ring", "net_af_packet", "net_bnxt", "net_e1000", "net_ena", "net_gve"),
-    *("net_i40e", "net_iavf", "net_ice", "net_igc", "net_ixgbe", "net_memif", "net_mlx5", "net_ring", "net_tap"),
+    *(
+        "net_i40e",
+        "net_iavf",
+        "net_ice",
+        "net_igc",
+        "net_ixgbe",
+        "net_memif",
+        "net_mlx5",
+        "net_ring",
+        "net_tap",
+    ),
     *("net_virtio", "net_vmxnet3"),
 )
 MODULES = (
-    *("vfio-pci", "uio_pci_generic", "nfnetlink_queue", "nft_queue", "tun", "vhost_net", "wireguard", "erofs"),
+    *(
+        "vfio-pci",
+        "uio_pci_generic",
+        "nfnetlink_queue",
+        "nft_queue",
+        "tun",
+        "vhost_net",
+        "wireguard",
+        "erofs",
+    ),
     *("dm-verity", "overlay", "virtio_net", "vmxnet3", "i6300esb"),
 )
 MODULES_HARDWARE = ("ixgbe", "i40e", "ice", "igb", "igc", "mlx5_core", "megaraid_sas", "e1000e")
-UNWANTED = ("usr/bin/gcc", "usr/bin/cc", "usr/bin/make", "usr/bin/apt", "usr/bin/dpkg", "usr/bin/perl", "usr/sbin/irqbalance")
+UNWANTED = (
+    "usr/bin/gcc",
+    "usr/bin/cc",
+    "usr/bin/make",
+    "usr/bin/apt",
+    "usr/bin/dpkg",
+    "usr/bin/perl",
+    "usr/sbin/irqbalance",
+)
 ENABLED = (
     *("bird", "chrony", "dbus-broker", "dsnat-failclosed", "dsnat-identity", "dsnat-nic", "dsnat-nic-watch"),
     *("dsnat-unconfirmed", "dsnatd", "keepalived", "ssh", "systemd-network-generator", "systemd-networkd"),
@@ -54,6 +81,7 @@ ENABLED = (
 OUR_UNITS = ("dsnatd", "dsnat-failclosed", "dsnat-identity", "dsnat-nic", "dsnat-nic-watch", "dsnat-ready")
 DOWNLOAD_BYTES = 250_000_000
 SECRET = re.compile(rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----|openssh-key-v1\0")
+KEPT_BY_US = ("etc/", "root/", "var/", "usr/lib/dsnat/", "usr/share/dsnat/")  # where a key could hide
 # Private libraries of Debian's own packages: on the read-only root, so nobody can put another one there.
 RUNPATHS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/systemd")
 # Debian builds it so, for speed; everything that starts it runs as root already.
@@ -72,7 +100,7 @@ class Report:
         self.findings.append(what)
 
 
-# --- one ELF file -----------------------------------------------------------------------------------------------------
+# --- one ELF file -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -132,9 +160,9 @@ def _facts(elf: ELFFile, facts: Elf) -> Elf:
             for tag in section.iter_tags():
                 match tag.entry.d_tag:
                     case "DT_NEEDED":
-                        needed.append(tag.needed)
+                        needed.append(str(getattr(tag, "needed")))  # noqa: B009 (made at run time)
                     case "DT_RPATH" | "DT_RUNPATH":
-                        facts.runpath = tag.rpath if tag.entry.d_tag == "DT_RPATH" else tag.runpath
+                        facts.runpath = str(getattr(tag, tag.entry.d_tag[3:].lower()))
                     case "DT_TEXTREL":
                         facts.text_relocations = True
                     case "DT_BIND_NOW":
@@ -146,13 +174,18 @@ def _facts(elf: ELFFile, facts: Elf) -> Elf:
                         facts.bind_now |= bool(tag.entry.d_val & 1)
                         facts.pie = bool(tag.entry.d_val & 0x08000000)
         elif isinstance(section, GNUVerNeedSection):
-            facts.wants = {str(lib.name): tuple(str(aux.name) for aux in versions) for lib, versions in section.iter_versions()}
+            facts.wants = {
+                str(lib.name): tuple(str(aux.name) for aux in versions)
+                for lib, versions in section.iter_versions()
+            }
         elif isinstance(section, GNUVerDefSection):
             facts.defines = frozenset(str(next(iter(names)).name) for _, names in section.iter_versions())
         elif isinstance(section, SymbolTableSection) and section.name == ".dynsym":
             names = [symbol.name for symbol in section.iter_symbols()]
             facts.stack_protector = "__stack_chk_fail" in names
-            facts.fortified = sum(1 for symbol in names if symbol.endswith("_chk") and symbol != "__stack_chk_fail")
+            facts.fortified = sum(
+                1 for symbol in names if symbol.endswith("_chk") and symbol != "__stack_chk_fail"
+            )
         elif isinstance(section, NoteSection):
             for note in section.iter_notes():
                 if note["n_type"] == "NT_GNU_BUILD_ID":
@@ -173,7 +206,7 @@ def _isa(note: object) -> str:
     return ""
 
 
-# --- the root of the image --------------------------------------------------------------------------------------------
+# --- the root of the image ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,7 +226,9 @@ class Root:
     def elves(self) -> dict[str, Elf]:
         found = {}
         for name, path in self.files():
-            if not name.startswith(("usr/lib/modules/", "usr/lib/firmware/")) and (elf := read_elf(path, name)):
+            if not name.startswith(("usr/lib/modules/", "usr/lib/firmware/")) and (
+                elf := read_elf(path, name)
+            ):
                 found[name] = elf
         return found
 
@@ -205,7 +240,7 @@ class Root:
             for _ in range(10):
                 if not path.is_symlink():
                     break
-                target = os.readlink(path)
+                target = str(path.readlink())
                 path = self.path / target.lstrip("/") if target.startswith("/") else path.parent / target
         return path
 
@@ -214,20 +249,27 @@ def unpack(image: Path) -> Root:
     """Unpack the root partition, once per image."""
     split = [path for path in image.parent.glob(f"{image.stem}.root-x86-64.*.raw")]
     if len(split) != 1:
-        raise BuildError(f"{image.parent} has no root partition of its own beside the image; run `make image FORCE=1`", status=3)
+        raise BuildError(
+            f"{image.parent} has no root partition of its own beside the image; run `make image FORCE=1`",
+            status=3,
+        )
     folder = BUILD / "audit" / split[0].name.removesuffix(".raw")
     if not folder.exists():
         shutil.rmtree(BUILD / "audit", ignore_errors=True)
         fresh = folder.with_suffix(".new")
         fresh.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(tool("fsck.erofs", f"--extract={fresh}", str(split[0])), capture_output=True, text=True)
+        done = subprocess.run(
+            tool("fsck.erofs", f"--extract={fresh}", str(split[0])), capture_output=True, text=True
+        )
         if done.returncode != 0:
-            raise BuildError(f"{split[0].name} cannot be unpacked: {(done.stdout + done.stderr).strip().splitlines()[-1]}")
+            raise BuildError(
+                f"{split[0].name} cannot be unpacked: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+            )
         fresh.rename(folder)
     return Root(folder)
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------------
 
 
 def check_elves(root: Root, report: Report) -> None:
@@ -237,8 +279,10 @@ def check_elves(root: Root, report: Report) -> None:
             "its stack is executable": elf.executable_stack,
             "it has memory that is writable and executable": elf.writable_code,
             "it has text relocations": elf.text_relocations,
-            "it is not position independent": (elf.kind == "ET_EXEC" and name not in NOT_POSITION_INDEPENDENT) or (strict and not elf.pie),
-            f"it looks for libraries in {elf.runpath}": bool(elf.runpath) and (strict or not elf.runpath.startswith(RUNPATHS)),
+            "it is not position independent": (elf.kind == "ET_EXEC" and name not in NOT_POSITION_INDEPENDENT)
+            or (strict and not elf.pie),
+            f"it looks for libraries in {elf.runpath}": bool(elf.runpath)
+            and (strict or not elf.runpath.startswith(RUNPATHS)),
             "its relocations stay writable (no RELRO)": not elf.relro and bool(elf.needed),
             "its relocations are not bound at start": strict and not elf.bind_now,
             "no stack protector": strict and not elf.stack_protector,
@@ -251,8 +295,12 @@ def check_elves(root: Root, report: Report) -> None:
             if present:
                 report.wrong(f"{name}: {fault}")
     report.facts["elf_files"] = len(root.elves)
-    report.facts["ours"] = {name: asdict(elf) | {"defines": len(elf.defines)} for name, elf in root.elves.items() if name in OURS}
-    report.facts["isa_above_baseline"] = sorted(name for name, elf in root.elves.items() if elf.isa != "baseline")
+    report.facts["ours"] = {
+        name: asdict(elf) | {"defines": len(elf.defines)} for name, elf in root.elves.items() if name in OURS
+    }
+    report.facts["isa_above_baseline"] = sorted(
+        name for name, elf in root.elves.items() if elf.isa != "baseline"
+    )
 
 
 def check_libraries(root: Root, report: Report) -> None:
@@ -279,8 +327,12 @@ def check_drivers(root: Root, report: Report, profile: str) -> None:
     loaded = {path.name for path in folder.glob("dpdk/pmds-*/librte_*.so*")}
     for driver in DRIVERS:
         if not any(name.startswith(f"librte_{driver}.so") for name in loaded):
-            report.wrong(f"DPDK driver {driver} is not in the image; add its package to mkosi.conf.d/20-engine.conf")
-    present = {path.name.split(".ko")[0].replace("_", "-") for path in (root.path / "usr/lib/modules").rglob("*.ko*")}
+            report.wrong(
+                f"DPDK driver {driver} is not in the image; add its package to mkosi.conf.d/20-engine.conf"
+            )
+    present = {
+        path.name.split(".ko")[0].replace("_", "-") for path in (root.path / "usr/lib/modules").rglob("*.ko*")
+    }
     builtin = "".join(path.read_text() for path in (root.path / "usr/lib/modules").glob("*/modules.builtin"))
     present |= {Path(line).name.removesuffix(".ko").replace("_", "-") for line in builtin.split()}
     for module in MODULES + (MODULES_HARDWARE if profile == "generic" else ()):
@@ -300,8 +352,8 @@ def check_files(root: Root, report: Report) -> None:
             capable.append(name)
         if mode & stat.S_IWOTH:
             report.wrong(f"{name}: everybody may write it")
-        if path.stat().st_size < 1 << 20 and name.startswith(("etc/", "root/", "var/", "usr/lib/dsnat/", "usr/share/dsnat/")) \
-                and SECRET.search(path.read_bytes()):  # fmt: skip
+        small = path.stat().st_size < 1 << 20
+        if small and name.startswith(KEPT_BY_US) and SECRET.search(path.read_bytes()):
             report.wrong(f"{name}: a private key is baked in")
     for name in setuid:
         report.wrong(f"{name}: runs with the rights of its owner (setuid or setgid)")
@@ -313,7 +365,9 @@ def check_files(root: Root, report: Report) -> None:
     for line in (root.path / "etc/shadow").read_text().splitlines():
         user, password = line.split(":")[:2]
         if password not in ("*", "!", "!*", "!!"):
-            report.wrong(f"etc/shadow: {user} has a password" if password else f"etc/shadow: {user} needs no password")
+            report.wrong(
+                f"etc/shadow: {user} has a password" if password else f"etc/shadow: {user} needs no password"
+            )
     machine_id = root.path / "etc/machine-id"
     if machine_id.exists() and machine_id.read_text().strip() not in ("", "uninitialized"):
         report.wrong("etc/machine-id: every gateway would have the same one")
@@ -325,17 +379,25 @@ def check_files(root: Root, report: Report) -> None:
 
 def check_units(root: Root, report: Report) -> None:
     wants = root.path / "etc/systemd/system"
-    links = [path for pattern in ("*.wants/*.service", "*.service") for path in wants.glob(pattern) if path.is_symlink()]
+    links = [
+        path
+        for pattern in ("*.wants/*.service", "*.service")
+        for path in wants.glob(pattern)
+        if path.is_symlink()
+    ]
     # an alias (dbus.service) counts as what it leads to, a masked unit not at all
-    enabled = {Path(os.readlink(path)).name.removesuffix(".service") for path in links} - {"null"}
+    enabled = {path.readlink().name.removesuffix(".service") for path in links} - {"null"}
     for unit in ENABLED:
         if unit not in enabled:
             report.wrong(f"{unit}.service is not enabled")
     for unit in sorted(enabled - set(ENABLED)):
-        report.wrong(f"{unit}.service is enabled; a gateway does not need it, or ENABLED in audit.py does not know it")
+        report.wrong(
+            f"{unit}.service is enabled; a gateway does not need it, or ENABLED in audit.py does not know it"
+        )
     report.facts["enabled_units"] = sorted(enabled)
     units = [f"{unit}.service" for unit in OUR_UNITS]
-    done = subprocess.run(tool("systemd-analyze", "verify", f"--root={root.path}", "--man=no", "--recursive-errors=no", *units),
+    done = subprocess.run(tool("systemd-analyze", "verify", f"--root={root.path}", "--man=no",
+                          "--recursive-errors=no", *units),
                           capture_output=True, text=True)  # fmt: skip
     for line in done.stderr.splitlines():
         # Without an engine in the image yet, its unit has nothing to run; the boot would say the same.
@@ -364,7 +426,9 @@ def audit(profile: str) -> Report:
     check_libraries(root, report)
     check_drivers(root, report, profile)
     check_units(root, report)
-    (Paths(profile).output / "audit.json").write_text(json.dumps(asdict(report), indent=1, default=list) + "\n")
+    (Paths(profile).output / "audit.json").write_text(
+        json.dumps(asdict(report), indent=1, default=list) + "\n"
+    )
     return report
 
 
@@ -384,8 +448,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"audit: {finding}")
     sizes = report.facts["bytes"]
     assert isinstance(sizes, dict)
-    print(f"audit: {report.image}: {report.facts['elf_files']} programs and libraries, {sizes['download'] / 1e6:.0f} MB to "
-          f"download, {len(report.findings)} findings; details in {Paths(options.profile).output / 'audit.json'}")  # fmt: skip
+    print(
+        f"audit: {report.image}: {report.facts['elf_files']} programs and libraries, "
+        f"{sizes['download'] / 1e6:.0f} MB to download, {len(report.findings)} findings; "
+        f"details in {Paths(options.profile).output / 'audit.json'}"
+    )
     return 1 if report.findings else 0
 
 

@@ -1,21 +1,24 @@
-"""Boot the image in QEMU, without a window: `python -m image.boot [IMAGE]`, or class Machine in a test or the demo.
+"""Boot the image in QEMU, without a window: `python -m image.boot [IMAGE]`, or class Machine in a test or the
+demo.
 
-A machine is a throw-away: the disk is a qcow2 overlay of the image, everything it writes is in its own folder, and it
-ends with the process that started it. It has
+A machine is a throw-away: the disk is a qcow2 overlay of the image, everything it writes is in its own
+folder, and it ends with the process that started it. It has
 
-* a management NIC (PCI slot 2) on QEMU's user network, closed to the outside (restrict=on), whose port 22 is forwarded
-  from a free port of 127.0.0.1;
-* data NICs from PCI slot 3 on (0000:00:03.0, 0000:00:04.0, ...), each a TAP device given as open file descriptors, so
-  that QEMU needs no rights in the network namespace where the other end lives;
-* an identity, as SMBIOS strings; its serial console in serial.log; a virtio-serial port on which the guest itself says
-  that it is ready. Nothing else counts as ready: not a banner, not a prompt.
+* a management NIC (PCI slot 2) on QEMU's user network, closed to the outside (restrict=on), whose port 22 is
+  forwarded from a free port of 127.0.0.1;
+* data NICs from PCI slot 3 on (0000:00:03.0, 0000:00:04.0, ...), each a TAP device given as open file
+  descriptors, so that QEMU needs no rights in the network namespace where the other end lives;
+* an identity, as SMBIOS strings; its serial console in serial.log; a virtio-serial port on which the guest
+  itself says that it is ready. Nothing else counts as ready: not a banner, not a prompt.
 
-Waiting is by progress and not by the clock alone: a boot fails at once when the console shows a panic, emergency mode or
-a unit that failed, and otherwise after 120 s without a sign of life; the error carries the console's last lines.
+Waiting is by progress and not by the clock alone: a boot fails at once when the console shows a panic,
+emergency mode or a unit that failed, and otherwise after 120 s without a sign of life; the error carries the
+console's last lines.
 
 /dev/kvm may exist and not work (it opens, then hangs), so once per machine something tiny is booted with it.
 
-Exit status: 0 ended by the operator or, with --check, ready; 1 did not get ready; 2 wrong usage; 3 something is missing.
+Exit status: 0 ended by the operator or, with --check, ready; 1 did not get ready; 2 wrong usage; 3 something
+is missing.
 """
 
 from __future__ import annotations
@@ -51,8 +54,8 @@ FIRMWARE_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 MANAGEMENT_MAC = "52:54:00:d5:00:02"
 READY_PORT = "org.dsnat.ready"
 
-# Progress on the console in place of silence, and time enough for an emulated CPU. A signed UKI under Secure Boot
-# ignores this; elsewhere the stub adds it to the command line.
+# Progress on the console in place of silence, and time enough for an emulated CPU. A signed UKI under Secure
+# Boot ignores this; elsewhere the stub adds it to the command line.
 EXTRA_COMMAND_LINE = (
     "systemd.show_status=yes systemd.default_timeout_start_sec=300 systemd.default_device_timeout_sec=300 "
     "mitigations=off"
@@ -68,24 +71,24 @@ EXIT_NEEDS = 3
 
 
 class BootError(Exception):
-    """A machine that could not be started or did not get ready; the text ends with the console's last lines."""
+    """A machine that could not be started or did not get ready; ends with the console's last lines."""
 
 
 class NeedsError(Exception):
     """This host lacks something; the text says what to do."""
 
 
-# --- KVM or not -------------------------------------------------------------------------------------------------------
+# --- KVM or not ---------------------------------------------------------------------------------------------
 
 
 def kvm_works(memory: Path = BUILD / "kvm.json") -> bool:
-    """Boot seven instructions with KVM, at most once for a kernel and a QEMU: on some hosts the first one hangs."""
+    """Boot seven instructions with KVM, once for a kernel and a QEMU: on some hosts the first one hangs."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
     qemu = shutil.which(QEMU)
     if qemu is None:
         return False
-    key = f"{os.uname().release} {os.stat(qemu).st_mtime_ns}"
+    key = f"{os.uname().release} {Path(qemu).stat().st_mtime_ns}"
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(memory.read_text())
         if known["key"] == key:
@@ -95,9 +98,12 @@ def kvm_works(memory: Path = BUILD / "kvm.json") -> bool:
     with tempfile.NamedTemporaryFile(prefix="dsnat-kvm-") as disk:
         disk.write(sector)
         disk.flush()
-        command = [QEMU, "-accel", "kvm", "-cpu", "host", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none",
-                   "-device", "isa-debug-exit,iobase=0xf4", "-drive", f"file={disk.name},format=raw,readonly=on"]  # fmt: skip
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as vm:
+        command = [QEMU, "-accel", "kvm", "-cpu", "host", "-m", "32", "-nodefaults", "-no-user-config",
+                   "-display", "none", "-device", "isa-debug-exit,iobase=0xf4",
+                   "-drive", f"file={disk.name},format=raw,readonly=on"]  # fmt: skip
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as vm:
             try:
                 works = vm.wait(5) == 85
             except subprocess.TimeoutExpired:
@@ -108,12 +114,14 @@ def kvm_works(memory: Path = BUILD / "kvm.json") -> bool:
     return works
 
 
-# --- a data NIC -------------------------------------------------------------------------------------------------------
+# --- a data NIC ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Nic:
-    """A data NIC: one open TAP descriptor per queue pair. `model` is a QEMU device, such as e1000e or vmxnet3."""
+    """A data NIC: one open TAP descriptor per queue pair. `model` is a QEMU device, such as e1000e or
+    vmxnet3.
+    """
 
     fds: tuple[int, ...]
     mac: str
@@ -121,8 +129,9 @@ class Nic:
 
 
 def open_tap(name: str, *, queues: int = 1) -> tuple[int, ...]:
-    """Make TAP device `name` here and give its descriptors. It may then be moved to another network namespace with
-    `ip link set NAME netns ...`; the descriptors stay its other end, and it ends when they are closed."""
+    """Make TAP device `name` here and give its descriptors. It may then be moved to another network namespace
+    with `ip link set NAME netns ...`; the descriptors stay its other end, and it ends when they are closed.
+    """
     iff_tap, iff_no_pi, iff_vnet_hdr, iff_multi_queue, tunsetiff = 0x0002, 0x1000, 0x4000, 0x0100, 0x400454CA
     flags = iff_tap | iff_no_pi | iff_vnet_hdr | (iff_multi_queue if queues > 1 else 0)
     fds = []
@@ -133,11 +142,13 @@ def open_tap(name: str, *, queues: int = 1) -> tuple[int, ...]:
     except OSError as error:
         for fd in fds:
             os.close(fd)
-        raise BootError(f"TAP device {name} cannot be made: {error.strerror}; is there another one of that name?") from error
+        raise BootError(
+            f"TAP device {name} cannot be made: {error.strerror}; is there another one of that name?"
+        ) from error
     return tuple(fds)
 
 
-# --- the machine ------------------------------------------------------------------------------------------------------
+# --- the machine --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -150,8 +161,9 @@ class Ready:
 
 @dataclass
 class Machine:
-    """One QEMU. Use it in a `with` statement: leaving ends the QEMU (by process id) and the TAP descriptors are the
-    caller's to close."""
+    """One QEMU. Use it in a `with` statement: leaving ends the QEMU (by process id) and the TAP descriptors
+    are the caller's to close.
+    """
 
     image: Path
     folder: Path
@@ -159,7 +171,7 @@ class Machine:
     nics: Sequence[Nic] = ()
     memory_mib: int = 1024
     cpus: int = 2
-    firmware: bool = True  # False: kernel and initrd are given to QEMU, which saves the firmware's ten seconds
+    firmware: bool = True  # False: kernel and initrd go straight to QEMU, which saves ten seconds
     iommu: bool = False  # True: vfio-pci in the guest; False: uio_pci_generic
     disk_gib: int = 4
     reboot: bool = False  # False: QEMU ends when the guest reboots, so that a panic is seen
@@ -176,7 +188,9 @@ class Machine:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     @property
@@ -193,7 +207,8 @@ class Machine:
         self.folder.mkdir(parents=True, exist_ok=True)
         overlay = self.folder / "disk.qcow2"
         overlay.unlink(missing_ok=True)
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(self.image.resolve()),
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b",
+                        str(self.image.resolve()),
                         str(overlay), f"{self.disk_gib}G"], check=True)  # fmt: skip
         self.serial.write_bytes(b"")
         with contextlib.ExitStack() as undo:
@@ -203,13 +218,14 @@ class Machine:
                 undo.callback(ours.close)
             command = self._command(overlay, qmp_end.fileno(), ready_end.fileno())
             fds = [qmp_end.fileno(), ready_end.fileno(), *(fd for nic in self.nics for fd in nic.fds)]
-            (self.folder / "qemu.sh").write_text("#!/bin/sh\n# how it was started; file descriptors are the starter's\nexec "
-                                                 + " \\\n\t".join(map(_quoted, command)) + "\n")  # fmt: skip
+            words = " \\\n\t".join(map(_quoted, command))
+            started = "#!/bin/sh\n# how it was started; file descriptors are the starter's\n"
+            (self.folder / "qemu.sh").write_text(f"{started}exec {words}\n")
             self.started = time.monotonic()
             with (self.folder / "qemu.log").open("wb") as log:
                 # A Ctrl-C is for us: we end QEMU, so it is in a session of its own.
-                self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                                 start_new_session=True)  # fmt: skip
+                self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=log,
+                                                 stderr=log, start_new_session=True)  # fmt: skip
             undo.callback(self._end_process)
             qmp_end.close()
             ready_end.close()
@@ -223,12 +239,14 @@ class Machine:
             ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"]  # fmt: skip
         command = [] if self.outlive_us else ["setpriv", "--pdeathsig", "KILL"]
         command += [
-            QEMU, "-name", self.folder.name, "-M", "q35,hpet=off" + (",kernel-irqchip=split" if self.iommu else ""),
-            *accelerator, "-smp", str(self.cpus), "-m", str(self.memory_mib), "-nodefaults", "-no-user-config",
+            QEMU, "-name", self.folder.name,
+            "-M", "q35,hpet=off" + (",kernel-irqchip=split" if self.iommu else ""), *accelerator,
+            "-smp", str(self.cpus), "-m", str(self.memory_mib), "-nodefaults", "-no-user-config",
             "-display", "none", "-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control",
             "-chardev", f"file,id=serial,path={self.serial},append=on", "-serial", "chardev:serial",
             "-global", "ICH9-LPC.disable_s3=1",
-            "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng,addr=0x10",
+            "-object", "rng-random,id=rng,filename=/dev/urandom",
+            "-device", "virtio-rng-pci,rng=rng,addr=0x10",
         ]  # fmt: skip
         if not self.reboot:
             command.append("-no-reboot")
@@ -247,7 +265,8 @@ class Machine:
             "-drive", f"if=none,id=disk,file={overlay},format=qcow2,discard=unmap,cache=unsafe",
             "-device", "virtio-blk-pci,drive=disk,bootindex=1,addr=0x11",
             "-device", "virtio-serial-pci,addr=0x12",
-            "-chardev", f"socket,id=ready,fd={ready_fd}", "-device", f"virtserialport,chardev=ready,name={READY_PORT}",
+            "-chardev", f"socket,id=ready,fd={ready_fd}",
+            "-device", f"virtserialport,chardev=ready,name={READY_PORT}",
             "-netdev", "user,id=mgmt,restrict=on,hostfwd=tcp:127.0.0.1:0-:22",
             "-device", f"virtio-net-pci,netdev=mgmt,mac={MANAGEMENT_MAC},addr=0x2,romfile=",
             "-smbios", f"type=11,value=io.systemd.stub.kernel-cmdline-extra={EXTRA_COMMAND_LINE}",
@@ -314,7 +333,8 @@ class Machine:
 
     def wait_ready(self, *, silence_s: float = 120, deadline_s: float = 900) -> Ready:
         """Wait for the guest's own word. Raises BootError as soon as it is clear that it will not come."""
-        assert self._ready is not None and self._process is not None
+        assert self._ready is not None
+        assert self._process is not None
         seen, last_progress, line = 0, time.monotonic(), b""
         while True:
             if select.select([self._ready], [], [], 1.0)[0]:
@@ -344,7 +364,10 @@ class Machine:
     def _failure(self, what: str) -> BootError:
         lines = [line for line in self.console().splitlines() if line.strip()][-20:]
         shown = "\n".join(f"    {line}" for line in lines) or "    (nothing at all)"
-        return BootError(f"{self.folder.name} did not get ready: {what}; the whole console is {self.serial}, its end:\n{shown}")
+        return BootError(
+            f"{self.folder.name} did not get ready: {what}; "
+            f"the whole console is {self.serial}, its end:\n{shown}"
+        )
 
     # -- the end --
 
@@ -375,12 +398,15 @@ class Machine:
         assert self.identity is not None
         known = self.folder / "known_hosts"
         known.write_text(self.identity.known_hosts("127.0.0.1", self.ssh_port))
-        return ["ssh", "-q", "-F", "none", "-i", str(key), "-p", str(self.ssh_port), "-o", f"UserKnownHostsFile={known}",
+        return ["ssh", "-q", "-F", "none", "-i", str(key), "-p", str(self.ssh_port), "-o",
+                f"UserKnownHostsFile={known}",
                 "-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes",
                 "-o", "ConnectTimeout=30", "root@127.0.0.1", *words]  # fmt: skip
 
     def ssh(self, key: Path, *words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.ssh_command(key, *words), capture_output=True, text=True, timeout=timeout_s)
+        return subprocess.run(
+            self.ssh_command(key, *words), capture_output=True, text=True, timeout=timeout_s
+        )
 
 
 def _quoted(word: str) -> str:
@@ -402,12 +428,19 @@ def kernel_command_line(uki: Path) -> str:
 
 
 def check_needs(image: Path, *, firmware: bool) -> None:
-    wanted = {QEMU: "qemu-system-x86", "qemu-img": "qemu-utils", "setpriv": "util-linux", "ssh-keygen": "openssh-client"}
+    wanted = {
+        QEMU: "qemu-system-x86",
+        "qemu-img": "qemu-utils",
+        "setpriv": "util-linux",
+        "ssh-keygen": "openssh-client",
+    }
     missing = [package for program, package in wanted.items() if not shutil.which(program)]
     if firmware and not FIRMWARE_CODE.exists():
         missing.append("ovmf")
     if missing:
-        raise NeedsError(f"missing tools; run: apt-get install -y --no-install-recommends {' '.join(missing)}")
+        raise NeedsError(
+            f"missing tools; run: apt-get install -y --no-install-recommends {' '.join(missing)}"
+        )
     if not image.exists():
         raise NeedsError(f"{image} is not there; run `make image` first")
 
@@ -420,7 +453,7 @@ def one_boot_at_a_time(lock: Path = Path("/run/lock/dsnat-boot.lock")) -> Iterat
         yield
 
 
-# --- by hand ----------------------------------------------------------------------------------------------------------
+# --- by hand ------------------------------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace) -> int:
@@ -429,13 +462,15 @@ def run(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     key = folder / "id_ed25519"
     if not key.exists():
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "make boot", "-f", str(key)], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "make boot", "-f", str(key)], check=True
+        )
     identity = make_identity("gateway", key.with_suffix(".pub").read_text(), management=MANAGEMENT_MAC)
     machine = Machine(image, folder, identity, memory_mib=options.memory, cpus=options.cpus,
                       firmware=not options.direct, iommu=options.iommu)  # fmt: skip
     with machine:
-        print(f"boot: QEMU is process {machine.pid}, {'KVM' if kvm_works() else 'emulated (TCG)'}; console in {machine.serial}",
-              flush=True)  # fmt: skip
+        how = "KVM" if kvm_works() else "emulated (TCG)"
+        print(f"boot: QEMU is process {machine.pid}, {how}; console in {machine.serial}", flush=True)
         ready = machine.wait_ready()
         print(f"boot: ready after {ready.seconds} s: {json.dumps(ready.report)}")
         if options.check:
@@ -449,13 +484,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m image.boot", description="Boot the gateway image in QEMU.")
-    parser.add_argument("image", nargs="?", type=Path, help="raw image (default: the one that make image built)")
+    parser = argparse.ArgumentParser(
+        prog="python -m image.boot", description="Boot the gateway image in QEMU."
+    )
+    parser.add_argument(
+        "image", nargs="?", type=Path, help="raw image (default: the one that make image built)"
+    )
     parser.add_argument("--profile", choices=PROFILES, default="cloud", help="which built image")
     parser.add_argument("--folder", type=Path, help="where overlay, logs and key go (default: .build/boot)")
     parser.add_argument("--memory", type=int, default=1024, metavar="MIB")
     parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--direct", action="store_true", help="kernel and initrd straight to QEMU, no firmware")
+    parser.add_argument(
+        "--direct", action="store_true", help="kernel and initrd straight to QEMU, no firmware"
+    )
     parser.add_argument("--iommu", action="store_true", help="with an emulated IOMMU")
     parser.add_argument("--check", action="store_true", help="exit 0 as soon as it is ready")
     parser.add_argument("--debug", action="store_true", help="show a traceback")

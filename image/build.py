@@ -3,13 +3,14 @@
 What happens, in order:
 
 1. needs are checked (root, tools, disk space), so that nothing dies half-way for a reason known at the start;
-2. a Debian 13 *tools tree* is made under .build/tools with mmdebstrap. It holds mkosi and everything mkosi runs, so the
-   versions on the build machine do not matter. Its packages come from the machine's own sources (aptsources.py);
+2. a Debian 13 *tools tree* is made under .build/tools with mmdebstrap. It holds mkosi and everything mkosi
+   runs, so the versions on the build machine do not matter. Its packages come from the machine's own sources
+   (aptsources.py);
 3. mkosi builds the image out of mkosi.conf and image/, under .build/ only;
 4. beside the image: a zstd copy to publish, a block map to flash by, the package manifest, SHA256SUMS.
 
-The hash of everything that goes in is kept beside the result: when nothing changed, nothing is built. Time stamps are
-not looked at, a fresh clone with a copied .build/ is up to date.
+The hash of everything that goes in is kept beside the result: when nothing changed, nothing is built. Time
+stamps are not looked at, a fresh clone with a copied .build/ is up to date.
 
 Exit status: 0 built or up to date, 1 the build failed, 2 wrong usage, 3 the machine lacks something.
 """
@@ -39,12 +40,13 @@ TOOLS = BUILD / "tools"
 RELEASE = "trixie"
 MKOSI_VERSION = "25.3"  # later versions only warn about unknown settings, and renamed some of ours
 
-# apt suggests far more; this is what mkosi 25 runs for this image, what flash.py needs, and an editor of ESPs (mtools).
-TOOLS_PACKAGES = (
-    "apt bmap-tools ca-certificates cpio dosfstools e2fsprogs erofs-utils git-core kmod libcryptsetup12 "
-    "libtss2-rc0t64 mkosi mtools openssh-client sbsigntool squashfs-tools systemd-boot-efi systemd-repart "
-    "systemd-ukify xz-utils zstd"
-).split()
+# apt suggests far more; this is what mkosi 25 runs for this image, what flash.py needs, and an editor of ESPs
+# (mtools).
+TOOLS_PACKAGES = [
+    "apt", "bmap-tools", "ca-certificates", "cpio", "dosfstools", "e2fsprogs", "erofs-utils", "git-core",
+    "kmod", "libcryptsetup12", "libtss2-rc0t64", "mkosi", "mtools", "openssh-client", "sbsigntool",
+    "squashfs-tools", "systemd-boot-efi", "systemd-repart", "systemd-ukify", "xz-utils", "zstd",
+]  # fmt: skip
 
 # What the image is made of. A test or a README may change without a new image.
 INPUTS = (
@@ -73,7 +75,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Paths:
-    """Where one profile keeps its results. Profiles do not share caches: mkosi would evict one for the other."""
+    """Where one profile keeps its results. Profiles share no caches: mkosi would evict one for the other."""
 
     profile: str
 
@@ -106,7 +108,7 @@ def image_path(profile: str = "cloud") -> Path:
     return Paths(profile).output / f"gateway_{version()}.raw"
 
 
-# --- needs ------------------------------------------------------------------------------------------------------------
+# --- needs --------------------------------------------------------------------------------------------------
 
 
 def check_needs() -> None:
@@ -130,12 +132,13 @@ def check_needs() -> None:
     free = shutil.disk_usage(BUILD).free
     if free < FREE_BYTES_WANTED:
         raise BuildError(
-            f"{BUILD}: {free / 2**30:.1f} GiB free, the build needs {FREE_BYTES_WANTED / 2**30:.0f}; make room and repeat",
+            f"{BUILD}: {free / 2**30:.1f} GiB free, the build needs {FREE_BYTES_WANTED / 2**30:.0f}; "
+            "make room and repeat",
             status=EXIT_NEEDS,
         )
 
 
-# --- running things ---------------------------------------------------------------------------------------------------
+# --- running things -----------------------------------------------------------------------------------------
 
 
 def run_logged(
@@ -146,7 +149,9 @@ def run_logged(
     stages: re.Pattern[str] | None = None,
     env: dict[str, str] | None = None,
 ) -> None:
-    """Run with all output in `log`; show the lines that `stages` matches with the time used; raise with the tail."""
+    """Run with all output in `log`; show the lines that `stages` matches with the time used; raise with the
+    tail.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     tail: deque[str] = deque(maxlen=20)
@@ -182,13 +187,19 @@ def run_logged(
 
 
 def tool(*argv: str) -> list[str]:
-    """The command line of a program in the tools tree, run in place with the tree's own libraries: no chroot, no mount."""
+    """The command line of a program in the tools tree, run in place with the tree's own libraries: no chroot,
+    no mount.
+    """
     libraries = TOOLS / "usr/lib/x86_64-linux-gnu"
-    loader = [str(TOOLS / "lib64/ld-linux-x86-64.so.2"), "--library-path", f"{libraries}:{libraries / 'systemd'}"]
+    loader = [
+        str(TOOLS / "lib64/ld-linux-x86-64.so.2"),
+        "--library-path",
+        f"{libraries}:{libraries / 'systemd'}",
+    ]
     return [*loader, str(TOOLS / "usr/bin" / argv[0]), *argv[1:]]
 
 
-# --- the tools tree ---------------------------------------------------------------------------------------------------
+# --- the tools tree -----------------------------------------------------------------------------------------
 
 
 def ensure_tools(log: Path) -> None:
@@ -200,7 +211,8 @@ def ensure_tools(log: Path) -> None:
     if stamp.exists() and stamp.read_text().strip() == wanted:
         return
     say(
-        f"making the tools tree {TOOLS.relative_to(ROOT)} ({len(TOOLS_PACKAGES)} Debian 13 packages and what they need)"
+        f"making the tools tree {TOOLS.relative_to(ROOT)} "
+        f"({len(TOOLS_PACKAGES)} Debian 13 packages and what they need)"
     )
     start = time.monotonic()
     fresh = BUILD / f"tools.{os.getpid()}"
@@ -224,7 +236,9 @@ def ensure_tools(log: Path) -> None:
 
 
 def write_sandbox(sources: list[Source]) -> None:
-    """Give mkosi our sources. Its own list would add a -debug suite that few mirrors carry, and the build would die."""
+    """Give mkosi our sources. Its own list would add a -debug suite that few mirrors carry, and the build
+    would die.
+    """
     apt = BUILD / "sandbox/etc/apt"
     (apt / "sources.list.d").mkdir(parents=True, exist_ok=True)
     (apt / "apt.conf.d").mkdir(exist_ok=True)
@@ -232,7 +246,7 @@ def write_sandbox(sources: list[Source]) -> None:
     (apt / "apt.conf.d/90-machine").write_text("\n".join([*transport_options(), ""]))
 
 
-# --- the image --------------------------------------------------------------------------------------------------------
+# --- the image ----------------------------------------------------------------------------------------------
 
 
 def input_files() -> Iterator[Path]:
@@ -244,11 +258,11 @@ def input_files() -> Iterator[Path]:
 
 
 def inputs_hash(profile: str) -> str:
-    """Content, names and execute bits of all that goes in. Not the packages: --force asks the archive again."""
+    """Content, names and execute bits of all that goes in. Not the packages: --force asks for new ones."""
     digest = hashlib.sha256(f"{profile}\n{RELEASE}\n{TOOLS_PACKAGES}\n".encode())
     for path in input_files():
         digest.update(f"{path.relative_to(ROOT)} {os.access(path, os.X_OK)}\n".encode())
-        digest.update(os.readlink(path).encode() if path.is_symlink() else path.read_bytes())
+        digest.update(str(path.readlink()).encode() if path.is_symlink() else path.read_bytes())
     return digest.hexdigest()
 
 
@@ -263,8 +277,9 @@ def up_to_date(paths: Paths, wanted: str) -> bool:
 
 
 def workspace() -> Path:
-    """A folder of links where mkosi finds mkosi.images: it looks for them beside the first mkosi.conf only, and the top
-    of the repository is not the place for them."""
+    """A folder of links where mkosi finds mkosi.images: it looks for them beside the first mkosi.conf only,
+    and the top of the repository is not the place for them.
+    """
     top = BUILD / "mkosi"
     top.mkdir(exist_ok=True)
     for name, target in {
@@ -322,7 +337,7 @@ def sha256(path: Path) -> str:
 
 
 def publish(paths: Paths) -> list[str]:
-    """Beside the image: what one downloads (zstd), flashes by (block map), and checks both with (SHA256SUMS)."""
+    """Beside the image: what one downloads (zstd), flashes by (block map), checks both with (SHA256SUMS)."""
     image = image_path(paths.profile)
     subprocess.run(["zstd", "--quiet", "--force", "-6", "-T0", str(image), "-o", f"{image}.zst"], check=True)
     stem = image.name.removesuffix(".raw")
@@ -337,10 +352,15 @@ def publish(paths: Paths) -> list[str]:
 
 
 def clear_outputs(paths: Paths) -> None:
-    """Split files carry the hash of their content in the name: those of the last build would be published again."""
+    """Split files carry the hash of their content in the name: those of the last build would be published
+    again.
+    """
     if paths.output.exists():
         for path in paths.output.iterdir():
-            if path.name.startswith(("gateway", "initrd", "SHA256SUMS", "inputs.json")) or path.suffix == ".debug":
+            if (
+                path.name.startswith(("gateway", "initrd", "SHA256SUMS", "inputs.json"))
+                or path.suffix == ".debug"
+            ):
                 path.unlink()
 
 
