@@ -168,13 +168,16 @@ void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t local_be);
 
 static inline uint32_t nat_session_deadline(const struct nat_engine *e, const struct nat_session *s)
 {
+	if (NAT_UNLIKELY(s->flags & NAT_RECORD_ASKED))
+		return s->asked_until_s;
 	return s->last_seen_s + e->timeout_s[s->timer] + 1;
 }
 
 /* Time is up, whether the wheel has noticed or not. A mapping in use has no deadline. */
 static inline bool nat_session_over(const struct nat_engine *e, const struct nat_session *s)
 {
-	if ((s->flags & NAT_RECORD_MAPPING) && (s->timer != NAT_TIMER_HOLD || s->guests > 0))
+	if ((s->flags & NAT_RECORD_MAPPING) && !(s->flags & NAT_RECORD_ASKED) &&
+	    (s->timer != NAT_TIMER_HOLD || s->guests > 0))
 		return false;
 	return (int32_t)(e->now_s - nat_session_deadline(e, s)) >= 0;
 }
@@ -191,6 +194,9 @@ uint32_t nat_session_mapping(struct nat_engine *e, const struct nat_session *s);
 
 /* Has the inside sent to this remote address over this mapping (RFC 4787 address-dependent filtering)? */
 bool nat_session_permits(struct nat_engine *e, const struct nat_session *mapping, uint32_t remote_be);
+
+/* The time that the host asked for is over, or it needs the mapping no longer: from now on only sessions keep it. */
+void nat_session_lapse(struct nat_engine *e, uint32_t mapping);
 
 /* Indexes again what the table already holds for this worker. */
 void nat_session_adopt(struct nat_engine *e);

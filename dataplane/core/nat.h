@@ -280,6 +280,31 @@ bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out);
 /* The new policy holds from the next burst on. The shell frees the old one when every worker has passed. */
 void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy);
 
+/* ---- mappings that hosts ask for (PCP, RFC 6887; NAT-PMP, RFC 6886) ---- */
+
+enum nat_map_result {
+	NAT_MAP_OK,
+	NAT_MAP_NOT_AUTHORIZED, /* no zone, or its pool is not endpoint-independent, or not in service */
+	NAT_MAP_NO_RESOURCES,   /* no port, or the table is full */
+	NAT_MAP_QUOTA,          /* the host is at one of its limits */
+};
+
+struct nat_map {
+	uint32_t host_be;
+	uint16_t port_be;
+	uint8_t protocol;    /* IPPROTO_TCP or IPPROTO_UDP */
+	bool open;           /* let anybody in (MAP), or only whom the pool's filter lets in (PEER) */
+	uint32_t lifetime_s; /* 0: the host needs it no longer; its sessions go on */
+	uint32_t outside_be; /* in: suggested, 0 for any; out: given */
+	uint16_t outside_port_be;
+};
+
+/* From the worker's own thread. */
+enum nat_map_result nat_engine_map(struct nat_engine *e, struct nat_map *ask, uint64_t now_ns);
+
+/* The public address that a host's next mapping will have. False: the host's pool does not keep hosts on one address. */
+bool nat_engine_public_address(struct nat_engine *e, uint32_t host_be, uint32_t *address_be);
+
 /* ---- counters ---- */
 
 /* received + taken_over = forwarded + passed + sum(dropped) + handed_over + held, at any moment between

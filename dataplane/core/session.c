@@ -285,6 +285,19 @@ static void leave_mapping(struct nat_engine *e, uint32_t mapping)
 	}
 }
 
+void nat_session_lapse(struct nat_engine *e, uint32_t mapping)
+{
+	struct nat_session *m = &e->record[mapping];
+
+	m->flags &= (uint8_t)~NAT_RECORD_ASKED;
+	m->state = 0;
+	m->last_seen_s = e->now_s;
+	nat_wheel_take(e, mapping);
+	nat_host_remove(e, m->inside.local_be);
+	m->references--;
+	leave_mapping(e, mapping);
+}
+
 void nat_session_end(struct nat_engine *e, uint32_t record)
 {
 	struct nat_session *s = &e->record[record];
@@ -332,6 +345,10 @@ uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, u
 
 	if (record == NAT_NO_RECORD || NAT_LIKELY(!nat_session_over(e, &e->record[record])))
 		return record;
+	if (e->record[record].flags & NAT_RECORD_ASKED) {
+		nat_session_lapse(e, record);
+		return nat_session_find(e, tuple, hash);
+	}
 	e->counters.sessions_expired += !(e->record[record].flags & NAT_RECORD_MAPPING);
 	nat_session_end(e, record);
 	return NAT_NO_RECORD;
@@ -478,8 +495,11 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 	if (owns_port(s))
 		nat_block_count(e, s, true);
 	if (is_mapping) {
-		s->references = s->guests = 0;
-		if (s->timer == NAT_TIMER_HOLD)
+		s->guests = 0;
+		s->references = (s->flags & NAT_RECORD_ASKED) != 0;
+		if (s->references != 0)
+			nat_host_add(e, s->inside.local_be, s->out_addr_be);
+		if (s->timer == NAT_TIMER_HOLD || s->references != 0)
 			nat_wheel_hang(e, record);
 		return;
 	}

@@ -57,9 +57,10 @@ enum {
 	/* mapping: goes through NAT_TIMER_HOLD when its last session has ended */
 	NAT_RECORD_HOLDS = 0x10,
 	/* session under a mapping with address-dependent filtering: see nat_session_permits() */
-	NAT_RECORD_PERMITS = 0x20,
-	/* session over a static mapping: it owns no port */
+	NAT_RECORD_PERMITS = 0x20, /* session over a static mapping: it owns no port */
 	NAT_RECORD_STATIC = 0x40,
+	/* mapping that its host asked for (PCP): that counts as a reference until `asked_until_s` */
+	NAT_RECORD_ASKED = 0x80,
 };
 
 /* nat_session.state, TCP only: what has been seen (RFC 6146 section 3.5.2 drawn as flags) */
@@ -71,6 +72,9 @@ enum {
 	NAT_TCP_SAW_RST = 0x10,
 };
 
+/* nat_session.state of a mapping: its host has asked for anybody to be let in, whatever the pool filters */
+enum { NAT_MAPPING_OPEN = 1 };
+
 struct nat_session {
 	struct nat_tuple inside; /* host and remote */
 	uint32_t out_addr_be;
@@ -78,7 +82,10 @@ struct nat_session {
 	uint16_t zone_id, pool_id; /* stable ids kept in the table's header */
 	uint16_t slot;             /* of the wheel, or NAT_OFF_WHEEL */
 	uint8_t flags, timer, state, worker;
-	uint32_t last_seen_s;
+	union {
+		uint32_t last_seen_s;
+		uint32_t asked_until_s; /* mapping with NAT_RECORD_ASKED */
+	};
 	uint32_t created_s;
 	uint32_t next, previous; /* on the wheel, or on the free list (next only) */
 	union {

@@ -51,7 +51,10 @@ void nat_wheel_take(struct nat_engine *e, uint32_t record)
 static void settle_one(struct nat_engine *e, uint32_t record)
 {
 	struct nat_session *s = &e->record[record];
-
+	if ((s->flags & NAT_RECORD_ASKED) && nat_session_over(e, s)) {
+		nat_session_lapse(e, record);
+		return;
+	}
 	if (nat_session_over(e, s)) {
 		e->counters.sessions_expired += !(s->flags & NAT_RECORD_MAPPING);
 		nat_session_end(e, record);
