@@ -54,6 +54,21 @@ static json_t *ranges_json(const struct nat_range *ranges, uint32_t n)
 	return list;
 }
 
+/* A range with a weight of its own is a map, as in the file. */
+static json_t *weighted_json(const struct nat_pool_config *pool)
+{
+	json_t *list = json_array();
+
+	for (uint32_t i = 0; i < pool->n_ranges; i++)
+		if (pool->weights && pool->weights[i] != 1)
+			json_array_append_new(list,
+					      json_pack("{s:o, s:o}", "range", range_json(pool->ranges[i]),
+							"weight", request_number(pool->weights[i])));
+		else
+			json_array_append_new(list, range_json(pool->ranges[i]));
+	return list;
+}
+
 static json_t *interface_json(const struct nat_interface_config *i)
 {
 	json_t *one = json_pack("{s:s, s:s, s:s}", "name", i->name, "role", config_role_word(i->role), "path",
@@ -72,14 +87,21 @@ static json_t *pool_json(const struct nat_pool_config *p)
 	json_t *one;
 
 	snprintf(ports, sizeof(ports), "%u-%u", p->port_first, p->port_last);
-	one = json_pack("{s:s, s:o, s:s, s:s, s:s, s:s}", "name", p->name, "addresses",
-			ranges_json(p->ranges, p->n_ranges), "ports", ports, "mapping",
-			config_mapping_word(p->mapping), "select", config_select_word(p->select), "announce",
-			config_announce_word(p->announce));
+	one = json_pack("{s:s, s:o, s:s, s:s, s:s, s:s}", "name", p->name, "addresses", weighted_json(p),
+			"ports", ports, "mapping", config_mapping_word(p->mapping), "select",
+			config_select_word(p->select), "announce", config_announce_word(p->announce));
 	if (p->n_drain)
 		json_object_set_new(one, "drain", ranges_json(p->drain, p->n_drain));
 	if (p->mapping == NAT_ENDPOINT_INDEPENDENT)
 		json_object_set_new(one, "filtering", json_string(config_filtering_word(p->filtering)));
+	if (p->block_ports) {
+		json_object_set_new(one, "block_ports", request_number(p->block_ports));
+		json_object_set_new(one, "blocks_per_host", request_number(p->blocks_per_host));
+	}
+	if (p->deterministic.length_bits) {
+		json_object_set_new(one, "deterministic", request_prefix_json(p->deterministic));
+		json_object_set_new(one, "dynamic_ports", request_number(p->dynamic_ports));
+	}
 	if (p->active_while_be)
 		json_object_set_new(one, "active_while", address_json(ntohl(p->active_while_be)));
 	return one;
@@ -143,7 +165,7 @@ static json_t *config_json(const struct nat_config *nat)
 		json_array_append_new(zones, zone_json(nat, &nat->zones[i]));
 	for (uint32_t i = 0; i < nat->n_statics; i++)
 		json_array_append_new(statics, static_json(&nat->statics[i]));
-	return json_pack("{s:{s:o, s:o}, s:o, s:o, s:o, s:o, s:{s:o, s:o, s:o, s:o}, s:o, s:s, s:s}",
+	return json_pack("{s:{s:o, s:o}, s:o, s:o, s:o, s:o, s:{s:o, s:o, s:o, s:o}, s:o, s:s, s:s, s:s}",
 			 "engine", "workers",
 			 nat->workers ? request_number(nat->workers) : json_string("auto"), "max_sessions",
 			 request_number(nat->max_sessions), "interfaces", interfaces, "pools", pools, "zones",
@@ -153,7 +175,8 @@ static json_t *config_json(const struct nat_config *nat)
 			 request_number(nat->limits.icmp_errors_per_s), "fragments",
 			 request_number(nat->limits.fragments), "timeouts", timeouts_json(&nat->timeouts),
 			 "tcp_midflow", config_midflow_word(nat->tcp_midflow), "refusal",
-			 config_refusal_word(nat->refusal));
+			 config_refusal_word(nat->refusal), "other_protocols",
+			 nat->pass_other_protocols ? "pass" : "drop");
 }
 
 json_t *request_show_config(struct request_context *c)

@@ -44,6 +44,7 @@ static void add_counters(struct nat_counters *sum, const struct nat_counters *n)
 	sum->handed_over += n->handed_over;
 	sum->held += n->held;
 	sum->made += n->made;
+	sum->events_lost += n->events_lost;
 	sum->sessions_created += n->sessions_created;
 	sum->sessions_expired += n->sessions_expired;
 	sum->sessions_closed += n->sessions_closed;
@@ -92,22 +93,24 @@ static bool handover_holds(struct request_context *c, const struct nat_counters 
 
 static json_t *counters_json(const struct nat_counters *n)
 {
-	json_t *reasons = json_object();
+	json_t *reasons = json_object(), *all;
 
 	for (unsigned i = 0; i < NAT_REASON_COUNT; i++)
 		if (i != NAT_REASON_OK)
 			json_object_set_new(reasons, nat_reason_name((enum nat_reason)i),
 					    request_number(n->reason[i]));
-	return json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
-			 "received", request_number(n->received), "taken_over", request_number(n->taken_over),
-			 "forwarded", request_number(n->forwarded), "passed", request_number(n->passed),
-			 "dropped", request_number(sum_dropped(n)), "handed_over",
-			 request_number(n->handed_over), "held", request_number(n->held), "made",
-			 request_number(n->made), "sessions", request_number(n->sessions), "sessions_created",
-			 request_number(n->sessions_created), "sessions_expired",
-			 request_number(n->sessions_expired), "sessions_closed",
-			 request_number(n->sessions_closed), "bytes_out", request_number(n->bytes_out),
-			 "bytes_in", request_number(n->bytes_in), "reasons", reasons);
+	all = json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+			"received", request_number(n->received), "taken_over", request_number(n->taken_over),
+			"forwarded", request_number(n->forwarded), "passed", request_number(n->passed),
+			"dropped", request_number(sum_dropped(n)), "handed_over",
+			request_number(n->handed_over), "held", request_number(n->held), "made",
+			request_number(n->made), "sessions", request_number(n->sessions), "sessions_created",
+			request_number(n->sessions_created), "sessions_expired",
+			request_number(n->sessions_expired), "sessions_closed",
+			request_number(n->sessions_closed), "bytes_out", request_number(n->bytes_out),
+			"bytes_in", request_number(n->bytes_in), "reasons", reasons);
+	json_object_set_new(all, "events_lost", request_number(n->events_lost));
+	return all;
 }
 
 /* Only what has dropped something: what an operator looks at first. */

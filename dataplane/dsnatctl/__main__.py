@@ -104,24 +104,32 @@ def do_status(arguments: argparse.Namespace) -> int:
 
 
 def do_who(arguments: argparse.Namespace) -> int:
-    """Whose is this public address and port?"""
+    """Whose is this public address and port? By the sessions, and by arithmetic where a pool has that."""
     with Engine(arguments.socket) as engine:
         found = [
             session
             for answer in engine.pages(cmd="show", what="sessions", outside=arguments.outside)
             for session in answer["sessions"]
         ]
+        config = engine.ask(cmd="show", what="config")["config"]
+    computed = []
+    if any("deterministic" in pool for pool in config["pools"]):
+        from dsnatctl.deterministic import shares
+
+        address, _, port = arguments.outside.partition(":")
+        computed = [str(share) for share in shares(config, address, int(port or 0))]
     if arguments.json:
-        print(json.dumps({"ok": True, "sessions": found}))
-        return 0 if found else FAILED
-    for one in found:
-        print(
-            f"{one['inside']} has had {one['outside']} for {one['age_s']} s "
-            f"({one['protocol']} to {one['remote']}, {one['state']})"
-        )
-    if not found:
+        print(json.dumps({"ok": True, "sessions": found, "computed": computed}))
+    else:
+        for one in found:
+            print(
+                f"{one['inside']} has had {one['outside']} for {one['age_s']} s "
+                f"({one['protocol']} to {one['remote']}, {one['state']})"
+            )
+        print(*computed, sep="\n", end="\n" if computed else "")
+    if not found and not computed:
         print(f"dsnatctl: nobody has {arguments.outside} now", file=sys.stderr)
-    return 0 if found else FAILED
+    return 0 if found or computed else FAILED
 
 
 def do_rfc(arguments: argparse.Namespace) -> int:
@@ -283,7 +291,7 @@ def parser() -> argparse.ArgumentParser:
     clear = verb("clear", do_clear, "end sessions")
     add_filters(clear)
     clear.add_argument("--all", action="store_true", help="every session")
-    who = verb("who", do_who, "which host has a public address and port now")
+    who = verb("who", do_who, "which host has a public address and port, by sessions and by arithmetic")
     who.add_argument("outside", metavar="ADDRESS[:PORT]")
     plan = verb("plan", do_plan, "what a configuration file would change, and whose sessions")
     plan.add_argument("file", metavar="FILE")

@@ -36,7 +36,7 @@ def differences(running: Json, candidate: Json) -> Iterator[str]:
         for key, value in candidate[section].items():
             if running[section][key] != value:
                 yield f"~ {section}.{key}: {running[section][key]} -> {value}"
-    for key in ("tcp_midflow", "refusal"):
+    for key in ("tcp_midflow", "refusal", "other_protocols"):
         if running[key] != candidate[key]:
             yield f"~ {key}: {running[key]} -> {candidate[key]}"
     yield from _named("interface", running["interfaces"], candidate["interfaces"])
@@ -74,7 +74,9 @@ def _words(one: Json) -> str:
 def _word(value: Any) -> str:
     if value is None:
         return "none"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        return f"{value['range']} (weight {value['weight']})"
+    return " ".join(map(_word, value)) if isinstance(value, list) else str(value)
 
 
 def lines(answer: Json) -> Iterator[str]:

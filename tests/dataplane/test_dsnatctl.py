@@ -12,15 +12,17 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from dsnatctl import metrics, release, show
+from dsnatctl import deterministic, metrics, release, show
 from dsnatctl.__main__ import main
 from tests.packet import tcp, udp
 from tests.replay import CONFIG, Bench, outside
 
+ROOT = Path(__file__).resolve().parents[2]
 Ctl = Callable[..., tuple[int, str, str]]
 
 
@@ -280,14 +282,13 @@ def test_a_client_that_goes_away_in_the_middle_harms_nobody(engine: Bench, path:
 
 
 def test_dsnatctl_starts_in_a_tenth_of_a_second(engine: Bench, path: Path) -> None:
-    root = Path(__file__).resolve().parents[2]
     argv = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "]
     argv[-1] += "from dsnatctl.__main__ import main; sys.exit(main())"
     took = []
     for _ in range(5):
         before = os.times()
         subprocess.run(
-            [*argv, str(root / "dataplane"), "version", "--socket", str(path)],
+            [*argv, str(ROOT / "dataplane"), "version", "--socket", str(path)],
             check=True,
             capture_output=True,
         )
@@ -354,20 +355,38 @@ def test_a_table_is_as_wide_as_its_widest_cell() -> None:
     ]
 
 
+EVERY_KEY = """\
+engine: {workers: 1, max_sessions: 10000}
+interfaces:
+  - {name: inside0, role: inside}
+  - {name: outside0, role: outside, mtu: 1400, device: '0000:00:04.0'}
+pools:
+  - {name: a, addresses: [203.0.113.1, {range: 203.0.113.2-203.0.113.3, weight: 3}], drain: 203.0.113.1}
+  - {name: b, addresses: 203.0.113.8/29, select: paired, block_ports: 64, blocks_per_host: 2, announce: none}
+  - {name: c, addresses: 203.0.113.16/28, ports: 2000-60000, mapping: endpoint-independent,
+     filtering: address-dependent, deterministic: 100.67.0.0/24, dynamic_ports: 99,
+     active_while: 198.51.100.1}
+zones:
+  - {source: 100.64.0.0/16, pool: a, mss_clamp: 1400}
+  - {source: 100.65.0.0/16, destination: 192.0.2.0/24, action: pass}
+  - {source: 100.65.0.0/16, pool: b}
+  - {source: 100.67.0.0/16, pool: c}
+static:
+  - {inside: 100.64.0.9, outside: 203.0.113.2, protocol: tcp, port: 2500, inside_port: 2525}
+limits: {fragments: 16, sessions_per_host: 7, new_per_host_per_s: 8, icmp_errors_per_s: 9}
+timeouts: {dns: 0s, udp: 9m}
+tcp_midflow: reset
+refusal: icmp-host
+other_protocols: pass
+"""
+
+
 def test_the_shown_configuration_is_one_that_the_engine_takes(
     program: Callable[[str], Path], tmp_path: Path, path: Path, ctl: Ctl
 ) -> None:
     """Shown, read again and shown again: every key survives."""
     config = tmp_path / "dsnatd.yaml"
-    config.write_text(
-        CONFIG.replace(
-            "outside0, role: outside", "outside0, role: outside, mtu: 1400, device: '0000:00:04.0'"
-        )
-        + "  - {source: 100.65.0.0/16, destination: 192.0.2.0/24, action: pass}\n"
-        + "  - {source: 100.66.0.0/16, pool: g1, mss_clamp: 1400}\n"
-        + "static: [{inside: 100.64.0.9, outside: 203.0.113.2, protocol: tcp, port: 25, inside_port: 2525}]\n"
-        + "timeouts: {dns: 0s, udp: 9m}\nlimits: {fragments: 16}\ntcp_midflow: reset\nrefusal: icmp-host\n"
-    )
+    config.write_text(EVERY_KEY)
     shown = []
     for _ in range(2):
         argv = ("--socket", str(path))
@@ -378,7 +397,10 @@ def test_the_shown_configuration_is_one_that_the_engine_takes(
             shown.append(out)
         config.write_text(out)
     assert shown[0] == shown[1]
-    for text in ("udp: 540s", "dns: 0s", "inside_port: 2525", 'device: "0000:00:04.0"', "mss_clamp: 1400"):
+    keys = re.findall(r"^\| `([a-z_.\[\]]+)` \|", (ROOT / "dataplane/README.md").read_text(), re.MULTILINE)
+    missing = {key for key in keys if f"{key.split('.')[-1]}:" not in shown[0]} - {"profile"}
+    assert not missing, "show config does not show these keys of the README, or EVERY_KEY does not set them"
+    for text in ("udp: 540s", "weight: 3", "inside_port: 2525", 'device: "0000:00:04.0"', "mss_clamp: 1400"):
         assert text in shown[0]
 
 
@@ -501,3 +523,37 @@ def test_a_generation_is_the_number_that_the_link_ends_in(tmp_path: Path) -> Non
     (tmp_path / "dsnat").symlink_to("generations/17")
     assert metrics.generation(str(tmp_path / "dsnat")) == 17
     assert metrics.generation(str(tmp_path)) == -1
+
+
+DETERMINISTIC = CONFIG.replace(
+    "[203.0.113.1-203.0.113.4], ports: 1024-65535",
+    "[203.0.113.1, 203.0.113.9-203.0.113.10], select: paired, "
+    "deterministic: 100.64.0.0/24, dynamic_ports: 1000",
+)
+
+
+def test_rfc7422_det5_whose_a_port_is_follows_from_the_configuration_alone(
+    engine: Bench, ctl: Ctl, tmp_path: Path
+) -> None:
+    (tmp_path / "dsnatd.yaml").write_text(DETERMINISTIC)
+    assert ctl("reload")[0] == 0
+    for host in (0, 1, 85, 86, 172, 255):
+        tuple_ = outside(engine.send(udp(f"100.64.0.{host}:4000 > 198.51.100.1:5000")))
+        assert ctl("clear", "--all")[0] == 0  # no session is left to ask
+        status, out, _ = ctl("who", tuple_)
+        assert status == 0
+        assert out.startswith(f"100.64.0.{host} has ports "), (tuple_, out)
+        address, port = tuple_.split(":")
+        assert f"of {address}," in out
+        share = deterministic.Deal.of(engine.ctl(cmd="show", what="config")["config"]["pools"][0])
+        own = share.of_host(IPv4Address(f"100.64.0.{host}"))
+        assert own is not None
+        assert own.port_first <= int(port) <= own.port_last
+        assert share.of_port(own.address, own.port_first) == own == share.of_port(own.address, own.port_last)
+
+
+def test_ports_that_arithmetic_gives_to_nobody_are_nobodys(engine: Bench, ctl: Ctl, tmp_path: Path) -> None:
+    (tmp_path / "dsnatd.yaml").write_text(DETERMINISTIC)
+    assert ctl("reload")[0] == 0
+    for tuple_ in ("203.0.113.1:65535", "203.0.113.1:1023", "203.0.113.2:2000", "203.0.113.10:64000"):
+        assert ctl("who", tuple_)[0] == 1
