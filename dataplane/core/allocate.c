@@ -1,8 +1,10 @@
 /* No session yet: makes one, or says why not.
  *
  * A session of an endpoint-dependent pool takes an address and a port that are free towards its remote. One
- * of an endpoint- independent pool stands under its host's mapping, which is made first if there is none (RFC
- * 4787 REQ-1); a packet from outside may begin one too, where the pool's filter lets it.
+ * of an endpoint-independent pool stands under its host's mapping, which is made first if there is none (RFC
+ * 4787 REQ-1). A packet from outside makes no session: where the pool's filter admits it, the mapping itself
+ * translates it, and also the RST or ICMP error that the host may answer with. Anything else that the host
+ * answers begins a session.
  *
  * The address: round robin takes the next of the zone's pool (one step per new session, as dsnat did), paired
  * the one that the host has already (RFC 4787 REQ-2), or else one by its hash. If that has no free port
@@ -307,14 +309,54 @@ static void begin_static(struct nat_engine *e, struct nat_pkt *pkt, const struct
 		nat_route(e, pkt, 1);
 }
 
-/* TCP in mid-flow without a session. Adopting is right where sessions were lost and the remote will sort out
- * the rest. */
+/* The mapping that stands for this tuple when there is no session: it is in use, and its pool's filter admits
+ * the remote. */
+static uint32_t open_mapping(struct nat_engine *e, const struct nat_tuple *tuple, enum nat_reason *why)
+{
+	struct nat_tuple key = *tuple;
+
+	key.remote_be = 0;
+	key.remote_port_be = 0;
+	*why = NAT_REASON_NO_SESSION;
+	const uint32_t mapping = nat_session_find(e, &key, nat_tuple_hash(&e->index.key, &key));
+	if (mapping == NAT_NO_RECORD || e->record[mapping].timer == NAT_TIMER_HOLD)
+		return NAT_NO_SESSION;
+	const struct nat_session *m = &e->record[mapping];
+	const uint32_t address = nat_policy_address(e->policy, m->out_addr_be);
+	if (address == UINT32_MAX)
+		return NAT_NO_SESSION;
+	const struct nat_pool *pool = &e->policy->pool[e->policy->address[address].pool];
+	if (pool->mapping != NAT_ENDPOINT_INDEPENDENT)
+		return NAT_NO_SESSION;
+	if (m->state == NAT_MAPPING_OPEN)
+		return mapping; /* its host has asked for anybody */
+	if (pool->filtering == NAT_FILTER_ADDRESS_AND_PORT ||
+	    (pool->filtering == NAT_FILTER_ADDRESS && !nat_session_permits(e, m, tuple->remote_be))) {
+		*why = NAT_REASON_FILTERED;
+		return NAT_NO_SESSION;
+	}
+	return mapping;
+}
+
+/* May a TCP packet without a session begin one? Adopting is right where sessions were lost and the remote
+ * will sort out the rest. */
 static bool adopts_midflow(struct nat_engine *e, struct nat_pkt *pkt)
 {
 	const uint8_t flags = pkt->tcp_flags & (NAT_TCP_SYN | NAT_TCP_ACK | NAT_TCP_FIN | NAT_TCP_RST);
 
 	if (flags == NAT_TCP_SYN)
 		return true;
+	/* The answer to a SYN that a mapping has let in. */
+	if (flags == (NAT_TCP_SYN | NAT_TCP_ACK) || (flags & NAT_TCP_RST)) {
+		enum nat_reason why;
+		const uint32_t mapping = open_mapping(e, &pkt->tuple, &why);
+		if (mapping != NAT_NO_SESSION && !(flags & NAT_TCP_RST))
+			return true;
+		if (mapping != NAT_NO_SESSION) {
+			pkt->session = mapping;
+			return false;
+		}
+	}
 	if (e->policy->tcp_midflow == NAT_MIDFLOW_ADOPT && flags == NAT_TCP_ACK)
 		return true;
 	if (e->policy->tcp_midflow == NAT_MIDFLOW_RESET && !(flags & NAT_TCP_RST))
@@ -356,7 +398,7 @@ static void begin_from_inside(struct nat_engine *e, struct nat_pkt *pkt)
 		e->notes->address[address].created++;
 	e->notes->zone[pkt->zone].created++;
 	nat_host_add(e, pkt->tuple.local_be, s->out_addr_be);
-	if (pkt->tuple.protocol == NAT_PROTO_TCP && !(pkt->tcp_flags & NAT_TCP_SYN)) {
+	if (pkt->tuple.protocol == NAT_PROTO_TCP && (pkt->tcp_flags & NAT_TCP_ACK)) {
 		s->state = NAT_TCP_SAW_SYN_OUT | NAT_TCP_SAW_SYN_IN;
 		nat_session_set_timer(e, pkt->session, NAT_TIMER_TCP_ESTABLISHED);
 	}
@@ -364,66 +406,36 @@ static void begin_from_inside(struct nat_engine *e, struct nat_pkt *pkt)
 
 static void begin_from_outside(struct nat_engine *e, struct nat_pkt *pkt)
 {
-	const uint32_t address = nat_policy_address(e->policy, pkt->tuple.local_be);
-	const struct nat_pool *pool = &e->policy->pool[e->policy->address[address].pool];
-	struct nat_tuple key = pkt->tuple;
-	const struct nat_static *by_configuration =
-		nat_policy_static(e->policy, 1, key.local_be, key.local_port_be, key.protocol);
-
-	if (by_configuration) {
-		if (key.protocol == NAT_PROTO_TCP &&
-		    (pkt->tcp_flags & (NAT_TCP_SYN | NAT_TCP_ACK | NAT_TCP_RST)) != NAT_TCP_SYN)
-			nat_drop(pkt, NAT_REASON_NO_SESSION);
-		else
-			begin_static(e, pkt, by_configuration);
-		return;
-	}
-	key.remote_be = 0;
-	key.remote_port_be = 0;
-	uint32_t mapping = pool->mapping == NAT_ENDPOINT_INDEPENDENT
-				   ? nat_session_find(e, &key, nat_tuple_hash(&e->index.key, &key))
-				   : NAT_NO_RECORD;
-	if (mapping == NAT_NO_RECORD || e->record[mapping].timer == NAT_TIMER_HOLD) {
-		nat_drop(pkt, NAT_REASON_NO_SESSION);
-		return;
-	}
-	const struct nat_session *m = &e->record[mapping];
-	if (m->state == NAT_MAPPING_OPEN) {
-		; /* its host has asked for anybody */
-	} else if (pool->filtering == NAT_FILTER_ADDRESS_AND_PORT ||
-		   (pool->filtering == NAT_FILTER_ADDRESS &&
-		    !nat_session_permits(e, m, pkt->tuple.remote_be))) {
-		nat_drop(pkt, NAT_REASON_FILTERED);
-		return;
-	}
 	if (pkt->tuple.protocol == NAT_PROTO_TCP &&
 	    (pkt->tcp_flags & (NAT_TCP_SYN | NAT_TCP_ACK | NAT_TCP_RST)) != NAT_TCP_SYN) {
 		nat_drop(pkt, NAT_REASON_NO_SESSION);
 		return;
 	}
-	struct nat_session want = {.inside = m->inside,
-				   .out_addr_be = m->out_addr_be,
-				   .out_port_be = m->out_port_be,
-				   .zone_id = m->zone_id,
-				   .pool_id = m->pool_id,
-				   .flags = NAT_RECORD_UNDER_MAPPING | NAT_RECORD_INBOUND,
-				   .timer = (uint8_t)(pkt->tuple.protocol == NAT_PROTO_UDP
-							      ? NAT_TIMER_UDP_ONE_WAY
-							      : first_timer(e, pkt))};
-	want.inside.remote_be = pkt->tuple.remote_be;
-	want.inside.remote_port_be = pkt->tuple.remote_port_be;
-	/* The host may have a session to this remote under another outside port, from before a reload. */
-	if (nat_session_find(e, &want.inside, nat_tuple_hash(&e->index.key, &want.inside)) != NAT_NO_RECORD) {
-		nat_drop(pkt, NAT_REASON_NO_SESSION);
+	const struct nat_static *mapping = nat_policy_static(e->policy, 1, pkt->tuple.local_be,
+							     pkt->tuple.local_port_be, pkt->tuple.protocol);
+	if (mapping) {
+		begin_static(e, pkt, mapping);
 		return;
 	}
-	pkt->session = nat_session_create(e, &want);
-	if (pkt->session == NAT_NO_SESSION) {
-		nat_drop(pkt, NAT_REASON_TABLE_FULL);
-		return;
-	}
-	e->record[mapping].guests++;
-	nat_route(e, pkt, 1);
+	enum nat_reason why;
+	pkt->session = open_mapping(e, &pkt->tuple, &why);
+	if (pkt->session == NAT_NO_SESSION)
+		nat_drop(pkt, why);
+	else
+		nat_route(e, pkt, 1);
+}
+
+/* RFC 5508 REQ-4 and REQ-5 ask for a mapping, not for a session: the quoted packet may be one that the
+ * mapping itself has let in. */
+static void find_mapping_of_error(struct nat_engine *e, struct nat_pkt *pkt)
+{
+	enum nat_reason why;
+
+	pkt->session = open_mapping(e, &pkt->tuple, &why);
+	if (pkt->session == NAT_NO_SESSION)
+		nat_drop(pkt, NAT_REASON_ICMP_NO_SESSION);
+	else if (nat_is_inbound(pkt))
+		nat_route(e, pkt, 1);
 }
 
 /* ---- mappings that hosts ask for (PCP, NAT-PMP) ---- */
@@ -538,7 +550,7 @@ void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		if (pkt[i].settled || pkt[i].session != NAT_NO_SESSION)
 			continue;
 		if (pkt[i].stage_flags & NAT_STAGE_ICMP_ERROR) {
-			nat_drop(&pkt[i], NAT_REASON_ICMP_NO_SESSION);
+			find_mapping_of_error(e, &pkt[i]);
 			continue;
 		}
 		/* An earlier packet of the same burst may have made it. */

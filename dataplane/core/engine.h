@@ -176,8 +176,7 @@ static inline uint32_t nat_session_deadline(const struct nat_engine *e, const st
 /* Time is up, whether the wheel has noticed or not. A mapping in use has no deadline. */
 static inline bool nat_session_over(const struct nat_engine *e, const struct nat_session *s)
 {
-	if ((s->flags & NAT_RECORD_MAPPING) && !(s->flags & NAT_RECORD_ASKED) &&
-	    (s->timer != NAT_TIMER_HOLD || s->guests > 0))
+	if ((s->flags & NAT_RECORD_MAPPING) && !(s->flags & NAT_RECORD_ASKED) && s->timer != NAT_TIMER_HOLD)
 		return false;
 	return (int32_t)(e->now_s - nat_session_deadline(e, s)) >= 0;
 }

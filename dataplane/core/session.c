@@ -263,22 +263,16 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	return record;
 }
 
-/* A session has left its mapping. Without references a mapping is on hold; it ends when the hold time is over
- * and no guest is left: were its port given out before, two sessions could get the same outside tuple. */
+/* A session has left its mapping. The last one ends it, or puts it on hold. */
 static void leave_mapping(struct nat_engine *e, uint32_t mapping)
 {
 	struct nat_session *m = &e->record[mapping];
 
 	if (m->references > 0)
 		return;
-	if (m->timer != NAT_TIMER_HOLD) {
+	if ((m->flags & NAT_RECORD_HOLDS) && e->timeout_s[NAT_TIMER_HOLD] > 0) {
 		m->timer = NAT_TIMER_HOLD;
 		m->last_seen_s = e->now_s;
-	}
-	if (m->guests > 0)
-		return;
-	if ((m->flags & NAT_RECORD_HOLDS) && e->timeout_s[NAT_TIMER_HOLD] > 0 && !nat_session_over(e, m)) {
-		nat_wheel_take(e, mapping);
 		nat_wheel_hang(e, mapping);
 	} else {
 		nat_session_end(e, mapping);
@@ -319,13 +313,6 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 	if (gone.flags & NAT_RECORD_MAPPING)
 		return;
 	count_session(e, &gone, -1);
-	if (gone.flags & NAT_RECORD_INBOUND) {
-		uint32_t mapping = nat_session_mapping(e, &gone);
-		NAT_ASSERT(mapping != NAT_NO_RECORD && e->record[mapping].guests > 0);
-		e->record[mapping].guests--;
-		leave_mapping(e, mapping);
-		return;
-	}
 	nat_host_remove(e, gone.inside.local_be);
 	if (gone.flags & NAT_RECORD_PERMITS)
 		remove_permit(e, &gone);
@@ -413,37 +400,19 @@ void nat_session_set_timer(struct nat_engine *e, uint32_t record, enum nat_timer
 	}
 }
 
-/* The inside has answered a session that began outside: from now on it counts like its own (RFC 7857
- * section 7.1: a RST or an ICMP error is no such answer). */
-static void adopt_inbound(struct nat_engine *e, struct nat_session *s)
-{
-	uint32_t mapping = nat_session_mapping(e, s);
-
-	NAT_ASSERT(mapping != NAT_NO_RECORD && e->record[mapping].guests > 0);
-	s->flags &= (uint8_t)~NAT_RECORD_INBOUND;
-	nat_host_add(e, s->inside.local_be, s->out_addr_be);
-	if (e->record[mapping].timer == NAT_TIMER_HOLD) {
-		nat_wheel_take(e, mapping);
-		e->record[mapping].timer = s->timer;
-	}
-	e->record[mapping].guests--;
-	e->record[mapping].references++;
-}
-
 void nat_session_touch(struct nat_engine *e, struct nat_pkt *pkt)
 {
 	struct nat_session *s = &e->record[pkt->session];
 	const bool inbound = nat_is_inbound(pkt);
 
+	/* RFC 7857 section 7.1: neither a packet from outside nor what the inside answers with (a RST, an
+	 * ICMP error) keeps a mapping. */
+	if (NAT_UNLIKELY(s->flags & NAT_RECORD_MAPPING))
+		return;
 	if (inbound)
 		s->bytes_in += pkt->total_bytes;
 	else
 		s->bytes_out += pkt->total_bytes;
-	if (NAT_UNLIKELY(s->flags & NAT_RECORD_INBOUND)) {
-		if (inbound || (pkt->tcp_flags & NAT_TCP_RST))
-			return;
-		adopt_inbound(e, s);
-	}
 	/* RFC 4787 REQ-6: what the inside sends refreshes. What the outside sends does too, except over an
 	 * endpoint-independent mapping, where anybody could hold it open for ever (RFC 7857 section 7); TCP
 	 * has its own states for that. */
@@ -495,7 +464,6 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 	if (owns_port(s))
 		nat_block_count(e, s, true);
 	if (is_mapping) {
-		s->guests = 0;
 		s->references = (s->flags & NAT_RECORD_ASKED) != 0;
 		if (s->references != 0)
 			nat_host_add(e, s->inside.local_be, s->out_addr_be);
@@ -507,11 +475,7 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 	count_session(e, s, 1);
 	uint32_t mapping = under_mapping(s) ? nat_session_mapping(e, s) : NAT_NO_RECORD;
 	if (mapping == NAT_NO_RECORD)
-		s->flags &= (uint8_t) ~(NAT_RECORD_UNDER_MAPPING | NAT_RECORD_INBOUND);
-	if (s->flags & NAT_RECORD_INBOUND) {
-		e->record[mapping].guests++;
-		return;
-	}
+		s->flags &= (uint8_t)~NAT_RECORD_UNDER_MAPPING;
 	nat_host_add(e, s->inside.local_be, s->out_addr_be);
 	if (s->flags & NAT_RECORD_PERMITS)
 		add_permit(e, record);

@@ -15,10 +15,11 @@
  * timer may not: be moved, or change its tuples
  *
  * A *mapping* of an endpoint-independent pool is a record whose remote is 0.0.0.0:0 (NAT_RECORD_MAPPING). It
- * is not on the wheel while sessions that the inside began refer to it (`references`), and it outlives every
- * session under it, also those that the outside began (`guests`): only then is its port nobody's. Where the pool filters
- * by address, each remote address that a mapping has talked to is a record of the same kind, with
- * inside.zero[0] = 1 and no remote port; it is made again from the sessions after a restart.
+ * is not on the wheel while sessions refer to it (`references`). Sessions are begun by packets from inside
+ * only: what an uninvited remote sends is translated by the mapping itself and leaves no trace, so that
+ * nobody outside can fill the table or keep a mapping alive (RFC 6888 REQ-5, RFC 7857 section 7). Where the
+ * pool filters by address, each remote address that a mapping has talked to is a record of the same kind,
+ * with inside.zero[0] = 1 and no remote port; it is made again from the sessions after a restart.
  */
 #ifndef NAT_SESSION_H
 #define NAT_SESSION_H
@@ -50,8 +51,6 @@ enum {
 	NAT_RECORD_MAPPING = 0x01,
 	/* a port set may know its port: tell it when the port is free */
 	NAT_RECORD_TRACKED = 0x02,
-	/* begun from outside, no packet from inside yet: does not keep its mapping alive */
-	NAT_RECORD_INBOUND = 0x04,
 	/* session of an endpoint-independent pool: the port is its mapping's */
 	NAT_RECORD_UNDER_MAPPING = 0x08,
 	/* mapping: goes through NAT_TIMER_HOLD when its last session has ended */
@@ -90,12 +89,9 @@ struct nat_session {
 	uint32_t next, previous; /* on the wheel, or on the free list (next only) */
 	union {
 		uint64_t bytes_out;
-		uint64_t references; /* mapping: sessions begun inside that use it */
+		uint64_t references; /* mapping: sessions that use it */
 	};
-	union {
-		uint64_t bytes_in;
-		uint64_t guests; /* mapping: sessions begun outside that the inside has not answered */
-	};
+	uint64_t bytes_in;
 };
 _Static_assert(sizeof(struct nat_session) == NAT_CACHE_LINE, "a known session costs one line");
 

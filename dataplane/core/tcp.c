@@ -7,8 +7,8 @@
  *
  * A RST is translated but only shortens the timer; the next segment that is not a RST takes that back, so a
  * blind RST from a third party cannot end a connection (RFC 7857 section 2.2). A new SYN from inside on a
- * closing or opening tuple starts the walk again on the same mapping; a SYN from outside never does, or a
- * remote could hold a mapping open.
+ * closing tuple starts the walk again on the same mapping, and so does the SYN-ACK by which the inside
+ * accepts a SYN from outside; that SYN alone never does, or a remote could hold a mapping open.
  */
 #include "engine.h"
 
@@ -18,9 +18,10 @@ uint8_t nat_tcp_next(uint8_t state, uint8_t tcp_flags, bool inbound)
 
 	if (tcp_flags & NAT_TCP_RST)
 		return state | NAT_TCP_SAW_RST;
-	if ((tcp_flags & (NAT_TCP_SYN | NAT_TCP_ACK)) == NAT_TCP_SYN && !inbound &&
+	if ((tcp_flags & NAT_TCP_SYN) && !inbound &&
 	    ((state & both_fins) == both_fins || (state & NAT_TCP_SAW_RST)))
-		return NAT_TCP_SAW_SYN_OUT;
+		return tcp_flags & NAT_TCP_ACK ? NAT_TCP_SAW_SYN_OUT | NAT_TCP_SAW_SYN_IN
+					       : NAT_TCP_SAW_SYN_OUT;
 	state &= (uint8_t)~NAT_TCP_SAW_RST;
 	if (tcp_flags & NAT_TCP_SYN)
 		state |= inbound ? NAT_TCP_SAW_SYN_IN : NAT_TCP_SAW_SYN_OUT;

@@ -266,7 +266,7 @@ static void check_tables(const struct lab *lab)
 			const struct nat_tuple other = nat_session_outside(live[k]);
 			CHECK(k == i || !same_tuple(&live[k]->inside, &s->inside));
 			CHECK(k == i || !same_tuple(&other, &outside));
-			references += !(live[k]->flags & (NAT_RECORD_MAPPING | NAT_RECORD_INBOUND)) &&
+			references += !(live[k]->flags & NAT_RECORD_MAPPING) &&
 				      (live[k]->flags & NAT_RECORD_UNDER_MAPPING) &&
 				      live[k]->inside.local_be == s->inside.local_be &&
 				      live[k]->inside.local_port_be == s->inside.local_port_be &&
