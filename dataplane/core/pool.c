@@ -5,6 +5,8 @@
 
 #include "engine.h"
 
+#define WELL_KNOWN 1024u /* RFC 4787 REQ-3a: ports below this one are a class of their own */
+
 /* One set per 16384 sessions is enough for every pair that is really hot (a quarter of its ports taken). */
 static uint32_t sets_for(uint64_t max_sessions)
 {
@@ -111,6 +113,22 @@ static struct nat_portset *make_set(struct nat_engine *e, const struct nat_tuple
 	return set;
 }
 
+/* ---- classes ---- */
+
+struct span { /* of ports, both ends included */
+	uint16_t first, last;
+};
+
+/* The part of `all` that is below 1024 if `like_be` is, else the part above; all of it if it has only one. */
+static struct span class_of(struct span all, uint16_t like_be)
+{
+	if (all.first >= WELL_KNOWN || all.last < WELL_KNOWN)
+		return all;
+	if (NAT_NTOH16(like_be) < WELL_KNOWN)
+		return (struct span){all.first, WELL_KNOWN - 1};
+	return (struct span){WELL_KNOWN, all.last};
+}
+
 /* ---- words ---- */
 
 static bool has_bit(const uint64_t *bits, uint32_t i)
@@ -205,21 +223,24 @@ static uint16_t take_from_word(struct nat_portset *set, uint32_t word, uint64_t 
 	return NAT_HTON16(word * 64 + bit);
 }
 
-static uint16_t take_from_set(struct nat_engine *e, struct nat_portset *set, const struct nat_tuple *outside,
-			      uint16_t first, uint16_t last)
+/* A port of `span` that fits `pattern` (for each word of 64), out of `budget` words with room at most. */
+static uint16_t take_pattern(struct nat_engine *e, struct nat_portset *set, const struct nat_tuple *outside,
+			     struct span span, uint64_t pattern, uint32_t budget)
 {
-	const uint32_t first_word = first / 64u, last_word = last / 64u;
+	const uint32_t first_word = span.first / 64u, last_word = span.last / 64u;
 	const uint64_t chance = nat_random_next(&e->random);
 	const uint32_t start = first_word + nat_scale32((uint32_t)(chance >> 32), last_word - first_word + 1);
 
-	set->touched = ++e->portsets.clock;
 	for (int half = 0; half < 2; half++) {
 		uint32_t from = half == 0 ? start : first_word, end = half == 0 ? last_word : start;
 		for (uint32_t word; from <= end && (word = next_open_word(set, from, end)) != NAT_PORT_WORDS;
 		     from = word + 1) {
+			if (budget-- == 0)
+				return 0;
 			if (!has_bit(set->known, word))
 				learn_word(e, set, word, outside);
-			const uint64_t open = ~set->taken[word] & ports_in_range(word, first, last);
+			const uint64_t open = ~set->taken[word] & pattern &
+					      ports_in_range(word, span.first, span.last);
 			if (open)
 				return take_from_word(set, word, open, chance);
 		}
@@ -227,20 +248,34 @@ static uint16_t take_from_set(struct nat_engine *e, struct nat_portset *set, con
 	return 0;
 }
 
+static uint16_t take_from_set(struct nat_engine *e, struct nat_portset *set, const struct nat_tuple *outside,
+			      struct span span, bool alike, uint16_t like_be)
+{
+	set->touched = ++e->portsets.clock;
+	if (alike) {
+		const uint64_t parity = UINT64_C(0x5555555555555555) << (NAT_NTOH16(like_be) & 1);
+		uint16_t port_be =
+			take_pattern(e, set, outside, class_of(span, like_be), parity, NAT_ALIKE_WORDS);
+		if (port_be)
+			return port_be;
+	}
+	return take_pattern(e, set, outside, span, UINT64_MAX, UINT32_MAX);
+}
+
 /* ---- the two ways ---- */
 
-static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
-		     bool parity, uint16_t like_be)
+static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, struct span span, bool parity,
+		     uint16_t like_be)
 {
-	const uint32_t n_ports = (uint32_t)last - first + 1;
+	const uint32_t n_ports = (uint32_t)span.last - span.first + 1;
 	uint64_t chance = 0;
 
 	for (uint32_t probe = 0; probe < NAT_PORT_PROBES; probe++) {
 		chance = probe % 2 == 0 ? nat_random_next(&e->random) : chance >> 32;
-		uint32_t port = first + nat_scale32((uint32_t)chance, n_ports);
+		uint32_t port = span.first + nat_scale32((uint32_t)chance, n_ports);
 		if (parity && ((port ^ NAT_NTOH16(like_be)) & 1)) {
 			port ^= 1;
-			if (port < first || port > last)
+			if (port < span.first || port > span.last)
 				continue;
 		}
 		outside->local_port_be = NAT_HTON16(port);
@@ -253,25 +288,26 @@ static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, uint16_t f
 }
 
 uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
-		       bool parity, uint16_t like_be, bool *tracked)
+		       bool alike, uint16_t like_be, bool *tracked)
 {
+	const struct span all = {first, last};
 	struct nat_portset *set = find_set(e, outside->local_be, outside->remote_be, outside->remote_port_be,
 					   outside->protocol);
 
 	*tracked = false;
 	if (!set) {
-		uint16_t port_be = draw(e, outside, first, last, parity, like_be);
+		uint16_t port_be = draw(e, outside, alike ? class_of(all, like_be) : all, alike, like_be);
 		if (port_be)
 			return port_be;
 		set = make_set(e, outside);
 	}
 	*tracked = true;
-	uint16_t port_be = take_from_set(e, set, outside, first, last);
+	uint16_t port_be = take_from_set(e, set, outside, all, alike, like_be);
 	if (port_be == 0 && e->wheel.done_s != e->now_s) {
 		/* Never refuse while a port is free: sessions whose time is up may still hold some. Ending
 		 * them tells the set. */
 		nat_wheel_turn(e, UINT32_MAX);
-		port_be = take_from_set(e, set, outside, first, last);
+		port_be = take_from_set(e, set, outside, all, alike, like_be);
 	}
 	return port_be;
 }

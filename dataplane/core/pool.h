@@ -24,6 +24,7 @@
 
 #define NAT_PORT_WORDS  1024u /* 65536 ports in words of 64 */
 #define NAT_PORT_PROBES 8u
+#define NAT_ALIKE_WORDS 32u /* looked at for a port of the wanted parity and class */
 
 struct nat_portset {
 	uint32_t address_be, remote_be;
@@ -52,10 +53,11 @@ void nat_portsets_init(struct nat_engine *e, void *mem, uint64_t max_sessions);
 void nat_portsets_forget(struct nat_engine *e);
 
 /* A free port in first..last for the outside tuple (whose local port is ignored), in network order, or 0.
- * `tracked`: the new record must carry NAT_RECORD_TRACKED. With `parity` the port is even or odd as `like_be`
- * is when such a port is found by drawing (RFC 4787 REQ-4). */
+ * `tracked`: the new record must carry NAT_RECORD_TRACKED. With `alike` the port is even or odd as `like_be`
+ * is, and below 1024 or not, as long as such a port is easily found (RFC 4787 REQ-4, REQ-3a): that is a wish,
+ * and no reason to refuse. */
 uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
-		       bool parity, uint16_t like_be, bool *tracked);
+		       bool alike, uint16_t like_be, bool *tracked);
 
 /* The record's port is free again; for records with NAT_RECORD_TRACKED. */
 void nat_port_release(struct nat_engine *e, const struct nat_session *s);
