@@ -11,6 +11,7 @@ packet quoted inside an ICMP error, so that a test which compares two views has 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 
@@ -148,6 +149,46 @@ def pong(flow: str, ident: int = 1, seq: int = 1, payload: bytes = b"payload!", 
 def icmp_error(flow: str, kind: int, code: int, quoted: bytes, *, rest: int = 0, ttl: int = 64) -> bytes:
     """An error about `quoted`: RFC 792 asks for its header and 8 bytes, everybody sends more."""
     return icmp(flow, kind, code, rest, quoted, ttl=ttl)
+
+
+def _with_header(header: bytes, fragment_field: int, payload: bytes) -> bytes:
+    """The header with this fragment field, and length and checksum to fit."""
+    total = struct.pack("!H", len(header) + len(payload))
+    zeroed = header[:2] + total + header[4:6] + struct.pack("!H", fragment_field) + header[8:10]
+    header = zeroed + b"\0\0" + header[12:]
+    return header[:10] + struct.pack("!H", checksum(header)) + header[12:] + payload
+
+
+def fragments(packet: bytes, payload_bytes: int, *, ident: int) -> list[bytes]:
+    """The packet in fragments of so many bytes behind the header, a multiple of 8, in order."""
+    if payload_bytes % 8:
+        raise ValueError("all fragments but the last carry a multiple of 8 bytes")
+    size = (packet[0] & 15) * 4
+    header, payload = packet[:4] + struct.pack("!H", ident) + packet[6:size], packet[size:]
+    return [
+        _with_header(
+            header,
+            (at + payload_bytes < len(payload)) << 13 | at // 8,
+            payload[at : at + payload_bytes],
+        )
+        for at in range(0, len(payload), payload_bytes)
+    ]
+
+
+def joined(parts: Sequence[bytes]) -> bytes:
+    """The packet that fragments in any order make: all of one datagram, without gap or overlap."""
+    ordered = sorted(parts, key=lambda part: int.from_bytes(part[6:8]) & 0x1FFF)
+    names = {(part[4:6], part[9], part[12:20]) for part in parts}
+    if len(names) != 1:
+        raise BadPacket(f"fragments of different datagrams: {names}")
+    payload = b""
+    for part in ordered:
+        field = int.from_bytes(part[6:8])
+        last = part is ordered[-1]
+        if (field & 0x1FFF) * 8 != len(payload) or bool(field & 0x2000) == last:
+            raise BadPacket(f"a fragment of {len(part)} bytes does not follow at {len(payload)}")
+        payload += part[(part[0] & 15) * 4 :]
+    return _with_header(ordered[0][: (ordered[0][0] & 15) * 4], 0, payload)
 
 
 @dataclass(frozen=True)

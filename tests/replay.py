@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,36 @@ pools:
 zones:
   - {source: 100.64.0.0/16, pool: g1}
 """
+
+ED, EIM = "endpoint-dependent", "endpoint-independent"
+
+
+def configuration(
+    mapping: str,
+    pool: str = "",
+    *,
+    addresses: str = "203.0.113.1-203.0.113.4",
+    ports: str = "1024-65535",
+    mtu: str = "",
+    zone: str = "",
+    extra: str = "",
+) -> str:
+    """A gateway with one pool. `pool` and `zone` are further keys of theirs, `extra` is further lines of the
+    file.
+    """
+    more_pool, more_zone = (", " + keys if keys else "" for keys in (pool, zone))
+    more_mtu = f", mtu: {mtu}" if mtu else ""
+    return (
+        "engine: {workers: 1, max_sessions: 10000}\n"
+        "interfaces:\n"
+        "  - {name: inside0, role: inside, path: dpdk}\n"
+        f"  - {{name: outside0, role: outside, path: dpdk{more_mtu}}}\n"
+        "pools:\n"
+        f"  - {{name: g1, addresses: [{addresses}], ports: {ports}, mapping: {mapping}{more_pool}}}\n"
+        "zones:\n"
+        f"  - {{source: 100.64.0.0/16, pool: g1{more_zone}}}\n"
+        f"{extra}\n"
+    )
 
 
 @dataclass(frozen=True)
@@ -61,12 +91,18 @@ def outside(answer: Answer) -> str:
     return answer.packet.source
 
 
+def changed(before: bytes, after: bytes) -> set[int]:
+    """The offsets of the bytes that differ; both must have the same length."""
+    assert len(before) == len(after), f"{len(before)} bytes became {len(after)}"
+    return {at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new}
+
+
 class Bench(AbstractContextManager["Bench"]):
     def __init__(
         self, program: Path, config: Path, *, seed: int, log: Path, options: Sequence[str] = ()
     ) -> None:
         self.now_ns = SECOND_NS
-        self.log = log
+        self.log, self.config = log, config
         argv = [str(program), "--stdio", "--config", str(config), "--seed", str(seed), *options]
         self._errors = log.open("wb")
         self._process = subprocess.Popen(
@@ -115,6 +151,14 @@ class Bench(AbstractContextManager["Bench"]):
     def __call__(self, *packets: bytes, on: str = "inside0") -> Sequence[Answer]:
         return [self.send(packet, on=on) for packet in packets]
 
+    def sessions(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.ctl(cmd="show", what="sessions")["sessions"]
+        return found
+
+    def counters(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.ctl(cmd="show", what="counters")["counters"]
+        return found
+
     @staticmethod
     def _answer(line: dict[str, Any]) -> Answer:
         out = tuple(
@@ -123,3 +167,6 @@ class Bench(AbstractContextManager["Bench"]):
             for raw in (bytes.fromhex(one["pkt"]),)
         )
         return Answer(line.get("verdict", ""), line.get("reason", ""), out, line)
+
+
+Start = Callable[[str], Bench]

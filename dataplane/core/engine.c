@@ -22,12 +22,18 @@ static void run_stages(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 	nat_rewrite(e, pkt, n);
 }
 
-void nat_engine_second_time(struct nat_engine *e, struct nat_pkt *pkt)
+static void run_second_time(struct nat_engine *e, struct nat_pkt *pkt)
 {
+	const uint32_t source_be = e->record[pkt->session].inside.local_be,
+		       destination_be = nat_get32(pkt->l3 + NAT_IP_DESTINATION);
+	const uint16_t id_be = nat_get16(pkt->l3 + NAT_IP_ID);
+
 	nat_parse(pkt, 1);
 	pkt->stage_flags |= NAT_STAGE_SECOND;
 	if (!pkt->settled)
 		run_stages(e, pkt, 1);
+	if (pkt->stage_flags & NAT_STAGE_FRAGMENT)
+		nat_frags_lead(e, pkt, source_be, destination_be, id_be);
 }
 
 /* A first fragment that was refused takes the others with it. */
@@ -85,7 +91,7 @@ static void set_time(struct nat_engine *e, uint64_t now_ns)
 		e->now_ns = now_ns;
 	e->now_s = (uint32_t)(e->now_ns / UINT64_C(1000000000));
 	if (e->outbox.head == e->outbox.n)
-		e->outbox.head = e->outbox.n = e->outbox.n_made = 0;
+		e->outbox.head = e->outbox.n = e->outbox.n_made = e->outbox.cut_bytes = e->outbox.n_cut = 0;
 }
 
 void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint64_t now_ns)
@@ -95,12 +101,15 @@ void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint6
 	nat_parse(pkt, n);
 	run_stages(e, pkt, n);
 	for (uint32_t i = 0; i < n; i++) {
-		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_HAIRPIN) && pkt[i].verdict == NAT_FORWARD)
-			nat_engine_second_time(e, &pkt[i]);
+		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_HAIRPIN) && pkt[i].verdict == NAT_FORWARD &&
+		    !(pkt[i].stage_flags & NAT_STAGE_LATER))
+			run_second_time(e, &pkt[i]);
 		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_FRAGMENT))
 			refuse_rest(e, &pkt[i]);
 	}
 	count(e, pkt, n);
+	for (uint32_t i = 0; i < n; i++)
+		nat_frags_cut(e, &pkt[i]);
 	nat_frags_age(e);
 }
 

@@ -40,11 +40,12 @@ struct nat_wheel {
 /* Fragments: see frag.c. */
 #define NAT_FRAG_HELD_PER_DATAGRAM 16u
 #define NAT_FRAG_SOURCES           256u
+#define NAT_FRAG_IDS               1024u
 struct nat_frag_entry {
 	uint32_t source_be, destination_be; /* before translation */
 	uint16_t id_be, new_id_be;
 	uint8_t protocol, iface, state, n_held;
-	uint32_t local_be; /* what replaces source (outbound) or destination (inbound) */
+	uint32_t new_source_be, new_destination_be;
 	struct nat_hop hop;
 	uint32_t seen_s;
 	uint32_t first_held; /* chain in nat_frags.held, in order of arrival */
@@ -63,18 +64,24 @@ struct nat_frags {
 	uint32_t n_entries, n_held, bucket_mask;
 	uint32_t free_entry, free_held;
 	uint16_t waiting_of[NAT_FRAG_SOURCES]; /* entries without a first fragment, by hash of the source */
+	uint32_t n_waiting;                    /* their sum */
 	uint32_t hand;                         /* the next entry that ageing looks at */
-	uint16_t next_id;
+	uint32_t eviction_hand;
+	uint16_t next_id[NAT_FRAG_IDS]; /* identifications, by hash of the addresses and protocol */
 };
 
 /* Packets that nat_engine_next() will give out: made by the engine, or let go by frag.c. */
-#define NAT_OUTBOX         2048u /* more than one burst of first fragments can let go */
+#define NAT_OUTBOX         4096u /* more than one burst of first fragments can let go, and NAT_CUT_MAX */
+#define NAT_CUT_MAX        2048u
 #define NAT_MADE_PER_BURST 64u
+#define NAT_CUT_BYTES      (NAT_BURST_MAX * 9216u) /* a burst of jumbo frames */
 struct nat_outbox {
 	struct nat_pkt pkt[NAT_OUTBOX];
 	uint32_t head, n; /* pkt[head..n) are not given out yet */
 	uint8_t made[NAT_MADE_PER_BURST][NAT_MADE_BYTES_MAX];
 	uint32_t n_made;
+	uint8_t cut[NAT_CUT_BYTES]; /* fragments that frag.c has cut off */
+	uint32_t cut_bytes, n_cut;
 	uint64_t credit_ns, credited_ns; /* of the rate limit, see icmp.c */
 };
 
@@ -157,12 +164,8 @@ void nat_route(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_rewrite(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 
-/* A packet that was translated on its way to a pool address goes through the stages again, as if from outside. */
-void nat_engine_second_time(struct nat_engine *e, struct nat_pkt *pkt);
-
-/* Only the address of the packet's own side and the TTL: for packets whose ports are elsewhere (rewrite.c).
- */
-void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t local_be);
+/* Only the addresses and the TTL: for packets whose ports are elsewhere (rewrite.c). */
+void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be);
 
 /* ---- sessions (session.c) ---- */
 
@@ -243,9 +246,17 @@ void nat_frags_init(struct nat_engine *e, void *mem);
 /* Later fragments: gives them what their first fragment got, or holds them. */
 void nat_frags_follow(struct nat_engine *e, struct nat_pkt *pkt);
 
-/* A first fragment has its verdict: remembers it, and lets go those that came before it. */
+/* A first fragment, which came with these addresses and this identification, has its verdict: remembers it,
+ * and lets go those that came before it. */
 void nat_frags_lead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be,
 		    uint16_t id_be);
+
+/* The next identification from one address to another, in network order (RFC 6864). */
+uint16_t nat_frags_id(struct nat_engine *e, uint32_t source_be, uint32_t destination_be, uint8_t protocol);
+
+/* Cuts a packet that is forwarded, may be fragmented and is larger than its next hop takes (RFC 791): it
+ * becomes the first fragment, the others go to the outbox. Dropped if there is no room for them. */
+void nat_frags_cut(struct nat_engine *e, struct nat_pkt *pkt);
 void nat_frags_age(struct nat_engine *e);
 
 /* ---- hosts (host.c) ---- */

@@ -124,7 +124,8 @@ void nat_icmp_rewrite_error(struct nat_engine *e, struct nat_pkt *pkt, const str
 	 * fault on. */
 	nat_put16(icmp + NAT_ICMP_CHECKSUM, 0);
 	nat_put16(icmp + NAT_ICMP_CHECKSUM, nat_csum_bytes(icmp, pkt->l4_bytes));
-	nat_rewrite_addresses(pkt, inbound ? s->inside.local_be : s->out_addr_be);
+	nat_rewrite_addresses(pkt, inbound ? nat_get32(pkt->l3 + NAT_IP_SOURCE) : s->out_addr_be,
+			      inbound ? s->inside.local_be : nat_get32(pkt->l3 + NAT_IP_DESTINATION));
 	nat_settle(pkt, NAT_FORWARD, NAT_REASON_OK);
 }
 

@@ -28,8 +28,9 @@
 #define NAT_BURST_MAX      64u /* packets in one nat_engine_run() */
 #define NAT_INTERFACES_MAX 64u
 #define NAT_WORKERS_MAX    64u
-#define NAT_NAME_MAX       32u  /* interface, pool; with the closing zero */
-#define NAT_MADE_BYTES_MAX 576u /* RFC 1812 4.3.2.3: an ICMP error is at most this long */
+#define NAT_NAME_MAX       32u /* interface, pool; with the closing zero */
+#define NAT_MADE_BYTES_MAX                                                                                   \
+	576u /* RFC 1812 4.3.2.3: an ICMP error that the engine makes is at most this long */
 
 /* ---- configuration: what ctl/config.c reads out of dsnatd.yaml ---- */
 
@@ -149,7 +150,9 @@ int32_t nat_policy_pool_of(const struct nat_policy *policy, uint32_t address_be)
 /* ---- packets ---- */
 
 enum nat_verdict {
-	NAT_FORWARD, /* send it: bytes are final, `hop` says where; in the made packets too */
+	NAT_FORWARD, /* send it: bytes are final, `hop` says where; in the made packets too. When it was too
+			large and has been cut, `len_bytes` is less than it was, and the other fragments come
+			from nat_engine_next() */
 	NAT_PASS,    /* give it to the kernel unchanged */
 	NAT_DROP,    /* free it */
 	NAT_HOLD, /* the core keeps `l3` and `cookie` until nat_engine_next() gives them back: do not touch or
@@ -271,9 +274,9 @@ void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint6
 /* Time without packets: ageing, held fragments that timed out. nat_engine_run() includes it. */
 void nat_engine_tick(struct nat_engine *e, uint64_t now_ns);
 
-/* What the last run or tick left to send or free beside the burst: packets that the engine made (made = 1, at
- * most NAT_MADE_BYTES_MAX bytes at l3, cookie NULL; the bytes stay valid until the next run or tick: copy
- * them), and held packets that are now forwarded or dropped (cookie and l3 are the shell's own again).
+/* What the last run or tick left to send or free beside the burst: packets that the engine made (made = 1,
+ * cookie NULL; len_bytes at l3, at most the MTU of `hop`, stay valid until the next run or tick: copy them),
+ * and held packets that are now forwarded or dropped (cookie and l3 are the shell's own again).
  * Returns false when there is none. Call until it does, after each run and tick. */
 bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out);
 

@@ -18,6 +18,21 @@ static void replace_address(uint8_t *ip, unsigned offset, uint32_t new_be, struc
 	change->transport = nat_sum_replace32(change->transport, old_be, new_be);
 }
 
+/* RFC 6864: a packet that is or may be fragmented must not share its identification with one of another host
+ * behind the same address (RFC 7857 section 10). With DF set there is nothing to identify. */
+static void renumber(struct nat_engine *e, struct nat_pkt *pkt, struct change *change)
+{
+	uint8_t *ip = pkt->l3;
+	const uint16_t old_be = nat_get16(ip + NAT_IP_ID);
+
+	if ((nat_read16(ip + NAT_IP_FRAGMENT) & NAT_IP_DF) && !(pkt->stage_flags & NAT_STAGE_FRAGMENT))
+		return;
+	const uint16_t new_be = nat_frags_id(e, nat_get32(ip + NAT_IP_SOURCE),
+					     nat_get32(ip + NAT_IP_DESTINATION), pkt->tuple.protocol);
+	change->ip = nat_sum_replace16(change->ip, old_be, new_be);
+	nat_put16(ip + NAT_IP_ID, new_be);
+}
+
 /* TTL shares its 16-bit word with the protocol. */
 static void decrement_ttl(struct nat_pkt *pkt, struct change *change)
 {
@@ -127,7 +142,7 @@ static uint16_t mss_clamp_of(const struct nat_engine *e, const struct nat_pkt *p
 	uint32_t zone = pkt->zone;
 	if (zone == NAT_NO_ZONE)
 		zone = nat_policy_zone(e->policy, NAT_NTOH32(s->inside.local_be),
-				       NAT_NTOH32(s->inside.remote_be));
+				       NAT_NTOH32(pkt->tuple.remote_be));
 	return zone == NAT_NO_ZONE ? 0 : e->policy->zone[zone].config.mss_clamp_bytes;
 }
 
@@ -137,13 +152,18 @@ static void rewrite_one(struct nat_engine *e, struct nat_pkt *pkt)
 	const bool inbound = nat_is_inbound(pkt);
 	const uint32_t address_be = inbound ? s->inside.local_be : s->out_addr_be;
 	const uint16_t port_be = inbound ? s->inside.local_port_be : s->out_port_be;
-	const bool fragment = (pkt->stage_flags & NAT_STAGE_FRAGMENT) != 0;
+	const bool hairpin = (pkt->stage_flags & NAT_STAGE_HAIRPIN) != 0,
+		   second = (pkt->stage_flags & NAT_STAGE_SECOND) != 0;
+	/* A hairpin leads when it is through (engine.c). */
+	const bool leads = (pkt->stage_flags & NAT_STAGE_FRAGMENT) && !hairpin && !second;
 	uint32_t source_be = 0, destination_be = 0;
+	uint16_t id_be = 0;
 	struct change change = {0, 0};
 
-	if (NAT_UNLIKELY(fragment)) {
+	if (NAT_UNLIKELY(leads)) {
 		source_be = nat_get32(pkt->l3 + NAT_IP_SOURCE);
 		destination_be = nat_get32(pkt->l3 + NAT_IP_DESTINATION);
+		id_be = nat_get16(pkt->l3 + NAT_IP_ID);
 	}
 
 	if (NAT_UNLIKELY(pkt->tcp_flags & NAT_TCP_SYN)) {
@@ -158,17 +178,20 @@ static void rewrite_one(struct nat_engine *e, struct nat_pkt *pkt)
 	else
 		rewrite_transport(pkt, port_be, change.transport);
 	decrement_ttl(pkt, &change);
+	if (second || (!inbound && !hairpin))
+		renumber(e, pkt, &change);
 	update_ip(pkt->l3, &change);
 	nat_settle(pkt, NAT_FORWARD, NAT_REASON_OK);
-	if (NAT_UNLIKELY(fragment))
-		nat_frags_lead(e, pkt, source_be, destination_be, nat_get16(pkt->l3 + NAT_IP_ID));
+	if (NAT_UNLIKELY(leads))
+		nat_frags_lead(e, pkt, source_be, destination_be, id_be);
 }
 
-void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t local_be)
+void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be)
 {
 	struct change change = {0, 0};
 
-	replace_address(pkt->l3, nat_is_inbound(pkt) ? NAT_IP_DESTINATION : NAT_IP_SOURCE, local_be, &change);
+	replace_address(pkt->l3, NAT_IP_SOURCE, source_be, &change);
+	replace_address(pkt->l3, NAT_IP_DESTINATION, destination_be, &change);
 	decrement_ttl(pkt, &change);
 	update_ip(pkt->l3, &change);
 }

@@ -260,6 +260,9 @@ static void forward(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns
 	uint32_t index = pkt->hop.iface < NAT_INTERFACES_MAX ? w->ports->of_iface[pkt->hop.iface] : PORT_NONE;
 	uint8_t mac[6];
 
+	/* cut to the MTU: its other fragments follow on their own */
+	if (m && rte_pktmbuf_data_len(m) > ETHER_BYTES + pkt->len_bytes)
+		rte_pktmbuf_trim(m, (uint16_t)(rte_pktmbuf_data_len(m) - ETHER_BYTES - pkt->len_bytes));
 	if (!m)
 		reason = NAT_REASON_NO_BUFFER;
 	else if (pkt->hop.kind != NAT_HOP_FORWARD || index == PORT_NONE)
