@@ -224,7 +224,8 @@ def test_rfc4787_req9a_a_hairpinned_packet_has_the_senders_public_source(bench: 
 @BOTH
 def test_rfc4787_req10_the_payload_of_a_sip_message_is_left_alone(bench: Start, mapping: str) -> None:
     replay = bench(configuration(mapping))
-    message = b"INVITE sip:b@198.51.100.1 SIP/2.0\r\nVia: SIP/2.0/UDP 100.64.0.2:5060\r\n\r\nc=IN IP4 100.64.0.2\r\n"
+    invite = b"INVITE sip:b@198.51.100.1 SIP/2.0\r\nVia: SIP/2.0/UDP 100.64.0.2:5060\r\n\r\n"
+    message = invite + b"c=IN IP4 100.64.0.2\r\n"
     sent = udp("100.64.0.2:5060 > 198.51.100.1:5060", message, dont_fragment=True)
     answer = replay.send(sent)
     assert answer.packet.payload == message
