@@ -19,6 +19,7 @@ provisioned; 7 the lab itself failed; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
@@ -38,10 +39,11 @@ from image.boot import MANAGEMENT_MAC, BootError, Machine, NeedsError, Nic
 from image.build import image_path
 from image.identity import make_identity
 from tests.lab import Lab, LabError, Netns, new_lab, run, wait_until
-from tests.traffic import CLIENT, SERVER, Report, Servers, send
+from tests.traffic import CLIENT, SERVER, Line, Report, Servers, send
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / ".build/demo"
+LOCK = ROOT / ".build/demo.lock"
 GATEWAY = "demo1"
 FREE_GIB = 6
 TOOLS = (
@@ -78,6 +80,11 @@ gateways:
         inside0: {{id: 51, addresses: [100.64.0.1/24]}}
         outside0: {{id: 52, addresses: [198.51.100.1/24]}}
 """
+
+
+def shown(path: Path) -> str:
+    """A path as a reader in the checkout would write it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 class DemoError(Exception):
@@ -135,9 +142,21 @@ def program(
     if process.returncode != expected:
         end = "\n".join(f"    {line}" for line in tail)
         raise DemoError(
-            f"`{shlex.join(argv)}` ended with status {process.returncode}; log: {log}; its end:\n{end}",
+            f"`{shlex.join(argv)}` ended with status {process.returncode}; log: {shown(log)}:\n{end}",
             status=status,
         )
+
+
+def take_lock(undo: ExitStack) -> None:
+    """One demo in a checkout: logs, image and engine are in one place."""
+    LOCK.parent.mkdir(exist_ok=True)
+    lock = undo.enter_context(LOCK.open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DemoError(
+            "another demo runs in this checkout; end it, or wait for it", status=LACKING
+        ) from error
 
 
 def check_needs() -> None:
@@ -197,6 +216,16 @@ def drops(ask: Ask) -> dict[str, int]:
     return lost
 
 
+def accounts(ask: Ask) -> Line:
+    """Every packet that came in has one fate; the engine checks its own books, and so do we."""
+    answer = json.loads(ask("dsnatctl", "show", "counters", "--json"))
+    n = answer["counters"]
+    came = n["received"] + n["taken_over"]
+    went = n["forwarded"] + n["passed"] + n["dropped"] + n["handed_over"] + n["held"]
+    kept = came == went and answer["equation"] is True
+    return Line(kept, "the gateway accounts for every packet", f"{came} came, {went} have a fate")
+
+
 def provision(site_file: Path, stages: Stages) -> None:
     """As an operator would: check the file, look at the plan, push it."""
     tool = [str(ROOT / ".venv/bin/dsnat-fleet"), "--file", str(site_file)]
@@ -205,7 +234,7 @@ def provision(site_file: Path, stages: Stages) -> None:
         (["plan"], "plan.log", PLAN_HAS_CHANGES),
         (["push", "--yes"], "push.log", 0),
     ):
-        stages.say(f"dsnat-fleet {shlex.join(verb)}; log: {LOGS / log}")
+        stages.say(f"dsnat-fleet {shlex.join(verb)}; log: {shown(LOGS / log)}")
         program([*tool, *verb], LOGS / log, status=NOT_PROVISIONED, stages=stages, expected=expected)
 
 
@@ -226,7 +255,7 @@ def wait_for_master(site: Site) -> None:
 def boot(machine: Machine, stages: Stages) -> None:
     """Starts QEMU and waits for the guest's own word, for SSH is not up before it."""
     machine.start()
-    stages.say(f"console: {machine.serial}")
+    stages.say(f"console: {shown(machine.serial)}")
     ready = machine.wait_ready(silence_s=120)
     (LOGS / "ready.json").write_text(json.dumps(ready.report, indent=2) + "\n")
     stages.say(f"ready after {ready.seconds:.0f} s: {ready.report['hostname']} {ready.report['version']}")
@@ -234,9 +263,9 @@ def boot(machine: Machine, stages: Stages) -> None:
 
 def demo(undo: ExitStack, *, keep: bool, iommu: bool) -> Report:
     stages = Stages(total=7)
-    with stages.stage("engine", f"meson and ninja; log: {LOGS / 'engine.log'}"):
+    with stages.stage("engine", f"meson and ninja; log: {shown(LOGS / 'engine.log')}"):
         program(["make", "build"], LOGS / "engine.log", status=NOT_BUILT, stages=stages)
-    with stages.stage("image", f"mkosi on Debian 13; log: {LOGS / 'image.log'}"):
+    with stages.stage("image", f"mkosi on Debian 13; log: {shown(LOGS / 'image.log')}"):
         argv = [sys.executable, "-m", "image.build"]
         program(argv, LOGS / "image.log", status=NOT_BUILT, stages=stages, relay="image:")
     with stages.stage("lab", "client and server namespaces, bridges, taps, servers"):
@@ -265,13 +294,14 @@ def demo(undo: ExitStack, *, keep: bool, iommu: bool) -> Report:
 
     with stages.stage("traffic", "ping, curl, dig, iperf3 and traceroute, from the client to the server"):
         report = send(site.client, site.servers, drops=lambda: drops(ask), say=stages.say)
-        (LOGS / "report.txt").write_text(report.text() + "\n")
-    with stages.stage("gateway", "its own view: dsnatctl show pools"):
+    with stages.stage("gateway", "its own view: dsnatctl show counters and pools"):
+        report = Report(report.connections, [*report.lines, accounts(ask)])
         pools = ask("dsnatctl", "show", "pools")
+        (LOGS / "report.txt").write_text(f"{report.text()}\n\n{pools}")
     print(f"\n{report.text()}\n\n$ dsnatctl show pools\n{pools}")
     used = time.monotonic() - stages.started
     verdict = "every line is right" if report.right else "a promise was broken"
-    print(f"demo: {verdict}; {used:.0f} s; logs in {LOGS}", flush=True)
+    print(f"demo: {verdict}; {used:.0f} s; logs in {shown(LOGS)}", flush=True)
     if keep:
         print("demo: the lab stays up until Ctrl-C. The gateway, a client and the server:")
         print(f"  {shlex.join(machine.ssh_command(key))}")
@@ -306,9 +336,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, interrupt)
     try:
         check_needs()
-        shutil.rmtree(LOGS, ignore_errors=True)
-        LOGS.mkdir(parents=True)
         with ExitStack() as undo:
+            take_lock(undo)
+            shutil.rmtree(LOGS, ignore_errors=True)
+            LOGS.mkdir(parents=True)
             report = demo(undo, keep=options.keep, iommu=options.iommu)
     except KeyboardInterrupt:
         print("demo: interrupted; everything it started has ended", file=sys.stderr)
@@ -317,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         status = error.status if isinstance(error, DemoError) else STATUS[type(error)]
-        print(f"demo: {error}\ndemo: status {status}; logs in {LOGS}", file=sys.stderr)
+        print(f"demo: {error}\ndemo: status {status}; logs in {shown(LOGS)}", file=sys.stderr)
         return status
     return 0 if report.right else BROKEN_PROMISE
 

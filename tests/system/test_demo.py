@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,14 @@ def test_a_full_disk_is_noticed_before_anything_starts(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 10**6))
     assert demo.main([]) == demo.LACKING
     assert "GiB free" in capsys.readouterr().err
+
+
+def test_a_second_demo_in_one_checkout_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "check_needs", lambda: None)
+    monkeypatch.setattr(demo, "LOCK", tmp_path / "demo.lock")
+    with ExitStack() as first:
+        demo.take_lock(first)
+        assert demo.main([]) == demo.LACKING
+    assert "another demo runs in this checkout" in capsys.readouterr().err
