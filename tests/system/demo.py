@@ -30,7 +30,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -309,7 +309,8 @@ def demo(undo: ExitStack, *, keep: bool, iommu: bool) -> Report:
             f"  {shlex.join(site.client.argv('bash'))}\n  {shlex.join(site.servers.space.argv('bash'))}",
             flush=True,
         )
-        signal.pause()
+        with suppress(KeyboardInterrupt):
+            signal.pause()
     return report
 
 
