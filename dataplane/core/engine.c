@@ -63,10 +63,7 @@ static void count(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 			c->forwarded++;
 			if (pkt[i].stage_flags & NAT_STAGE_LATER)
 				break; /* frag.c has counted its bytes */
-			if (nat_is_inbound(&pkt[i]))
-				c->bytes_in += pkt[i].total_bytes;
-			else
-				c->bytes_out += pkt[i].total_bytes;
+			nat_count_traffic(c, &pkt[i]);
 			break;
 		case NAT_PASS:
 			c->passed++;

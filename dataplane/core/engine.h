@@ -155,6 +155,26 @@ static inline bool nat_is_inbound(const struct nat_pkt *pkt)
 	return (pkt->stage_flags & NAT_STAGE_INBOUND) != 0;
 }
 
+/* Only the three protocols that are translated ever get here. */
+static inline uint32_t nat_traffic_kind(uint8_t protocol)
+{
+	return protocol == 6 ? NAT_TRAFFIC_TCP : protocol == 17 ? NAT_TRAFFIC_UDP : NAT_TRAFFIC_ICMP;
+}
+
+/* A packet that is forwarded; its first bytes have just been written, so they are in the cache. */
+static inline void nat_count_traffic(struct nat_counters *c, const struct nat_pkt *pkt)
+{
+	struct nat_traffic *traffic = &c->traffic[nat_traffic_kind(pkt->l3[NAT_IP_PROTOCOL])];
+
+	if (nat_is_inbound(pkt)) {
+		traffic->packets_in++;
+		traffic->bytes_in += pkt->total_bytes;
+	} else {
+		traffic->packets_out++;
+		traffic->bytes_out += pkt->total_bytes;
+	}
+}
+
 /* ---- stages, in the order of the path ---- */
 
 void nat_parse(struct nat_pkt *pkt, uint32_t n);

@@ -187,10 +187,7 @@ static void apply(struct nat_engine *e, const struct nat_frag_entry *entry, stru
 						    nat_sum_replace16(0, entry->id_be, entry->new_id_be)));
 	}
 	nat_settle(pkt, NAT_FORWARD, NAT_REASON_OK);
-	if (nat_is_inbound(pkt))
-		e->counters.bytes_in += pkt->total_bytes;
-	else
-		e->counters.bytes_out += pkt->total_bytes;
+	nat_count_traffic(&e->counters, pkt);
 }
 
 static void hold(struct nat_engine *e, struct nat_frag_entry *entry, struct nat_pkt *pkt)

@@ -313,6 +313,12 @@ bool nat_engine_public_address(struct nat_engine *e, uint32_t host_be, uint32_t 
 /* received + taken_over = forwarded + passed + sum(dropped) + handed_over + held, at any moment between
  * bursts. The shell that cannot send what the core forwarded says so with nat_engine_undo(), so that the
  * equation holds to the wire. */
+struct nat_traffic {
+	uint64_t sessions_created;
+	uint64_t packets_out, packets_in, bytes_out, bytes_in; /* out: inside -> outside; IPv4 bytes */
+};
+enum { NAT_TRAFFIC_TCP, NAT_TRAFFIC_UDP, NAT_TRAFFIC_ICMP, NAT_TRAFFIC_KINDS };
+
 struct nat_counters {
 	uint64_t received, taken_over;
 	uint64_t forwarded, passed, handed_over, held;
@@ -321,7 +327,7 @@ struct nat_counters {
 	uint64_t sessions_created, sessions_expired, sessions_closed;
 	uint64_t sessions; /* live now */
 	uint64_t events_lost;
-	uint64_t bytes_out, bytes_in; /* IPv4 bytes forwarded inside -> outside, outside -> inside */
+	struct nat_traffic traffic[NAT_TRAFFIC_KINDS]; /* forwarded */
 };
 const struct nat_counters *nat_engine_counters(const struct nat_engine *e);
 

@@ -258,6 +258,7 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	nat_wheel_hang(e, record);
 	count_session(e, s, 1);
 	e->counters.sessions_created++;
+	e->counters.traffic[nat_traffic_kind(s->inside.protocol)].sessions_created++;
 	if (s->flags & NAT_RECORD_PERMITS)
 		add_permit(e, record);
 	return record;

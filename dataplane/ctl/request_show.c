@@ -49,8 +49,13 @@ static void add_counters(struct nat_counters *sum, const struct nat_counters *n)
 	sum->sessions_expired += n->sessions_expired;
 	sum->sessions_closed += n->sessions_closed;
 	sum->sessions += n->sessions;
-	sum->bytes_out += n->bytes_out;
-	sum->bytes_in += n->bytes_in;
+	for (unsigned i = 0; i < NAT_TRAFFIC_KINDS; i++) {
+		sum->traffic[i].sessions_created += n->traffic[i].sessions_created;
+		sum->traffic[i].packets_out += n->traffic[i].packets_out;
+		sum->traffic[i].packets_in += n->traffic[i].packets_in;
+		sum->traffic[i].bytes_out += n->traffic[i].bytes_out;
+		sum->traffic[i].bytes_in += n->traffic[i].bytes_in;
+	}
 	for (unsigned i = 0; i < NAT_REASON_COUNT; i++)
 		sum->reason[i] += n->reason[i];
 }
@@ -91,14 +96,27 @@ static bool handover_holds(struct request_context *c, const struct nat_counters 
 	return true; /* too busy to tell; each worker's own equation is exact */
 }
 
+static json_t *traffic_json(const struct nat_traffic *t)
+{
+	return json_pack("{s:o, s:o, s:o, s:o, s:o}", "sessions_created", request_number(t->sessions_created),
+			 "packets_out", request_number(t->packets_out), "packets_in",
+			 request_number(t->packets_in), "bytes_out", request_number(t->bytes_out), "bytes_in",
+			 request_number(t->bytes_in));
+}
+
 static json_t *counters_json(const struct nat_counters *n)
 {
+	uint64_t bytes_out = 0, bytes_in = 0;
 	json_t *reasons = json_object(), *all;
 
 	for (unsigned i = 0; i < NAT_REASON_COUNT; i++)
 		if (i != NAT_REASON_OK)
 			json_object_set_new(reasons, nat_reason_name((enum nat_reason)i),
 					    request_number(n->reason[i]));
+	for (unsigned kind = 0; kind < NAT_TRAFFIC_KINDS; kind++) {
+		bytes_out += n->traffic[kind].bytes_out;
+		bytes_in += n->traffic[kind].bytes_in;
+	}
 	all = json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
 			"received", request_number(n->received), "taken_over", request_number(n->taken_over),
 			"forwarded", request_number(n->forwarded), "passed", request_number(n->passed),
@@ -107,8 +125,12 @@ static json_t *counters_json(const struct nat_counters *n)
 			request_number(n->made), "sessions", request_number(n->sessions), "sessions_created",
 			request_number(n->sessions_created), "sessions_expired",
 			request_number(n->sessions_expired), "sessions_closed",
-			request_number(n->sessions_closed), "bytes_out", request_number(n->bytes_out),
-			"bytes_in", request_number(n->bytes_in), "reasons", reasons);
+			request_number(n->sessions_closed), "bytes_out", request_number(bytes_out),
+			"bytes_in", request_number(bytes_in), "reasons", reasons);
+	json_object_set_new(all, "traffic",
+			    json_pack("{s:o, s:o, s:o}", "tcp", traffic_json(&n->traffic[NAT_TRAFFIC_TCP]),
+				      "udp", traffic_json(&n->traffic[NAT_TRAFFIC_UDP]), "icmp",
+				      traffic_json(&n->traffic[NAT_TRAFFIC_ICMP])));
 	json_object_set_new(all, "events_lost", request_number(n->events_lost));
 	return all;
 }

@@ -107,12 +107,20 @@ def _worker(out: Page, one: Json) -> None:
     out.counter("dsnat_dropped_packets_total", "Packets dropped, all reasons.", c["dropped"], worker=worker)
     out.gauge("dsnat_held_packets", "Packets that wait.", c["held"], worker=worker)
     out.gauge("dsnat_sessions", "Live sessions.", c["sessions"], worker=worker)
-    for event in ("created", "expired", "closed"):
-        text = "Sessions by what happened to them."
-        out.counter("dsnat_session_events_total", text, c[f"sessions_{event}"], worker=worker, event=event)
-    for direction in ("out", "in"):
-        text = "IPv4 bytes translated; out is from inside to outside."
-        out.counter("dsnat_bytes_total", text, c[f"bytes_{direction}"], worker=worker, direction=direction)
+    for event in ("expired", "closed"):
+        text = "Sessions by how they ended."
+        out.counter("dsnat_sessions_ended_total", text, c[f"sessions_{event}"], worker=worker, how=event)
+    for protocol, traffic in c["traffic"].items():
+        labels = {"worker": worker, "protocol": protocol}
+        text = "Sessions made."
+        out.counter("dsnat_sessions_created_total", text, traffic["sessions_created"], **labels)
+        for direction in ("out", "in"):
+            text = "Packets translated; out is from inside to outside."
+            count = traffic[f"packets_{direction}"]
+            out.counter("dsnat_translated_packets_total", text, count, direction=direction, **labels)
+            text = "IPv4 bytes translated; out is from inside to outside."
+            count = traffic[f"bytes_{direction}"]
+            out.counter("dsnat_translated_bytes_total", text, count, direction=direction, **labels)
     for key, name, text in (
         ("busy_ns", "dsnat_worker_busy_seconds_total", "Time with packets."),
         ("idle_ns", "dsnat_worker_idle_seconds_total", "Time without."),

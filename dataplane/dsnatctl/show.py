@@ -111,10 +111,12 @@ def counters(answer: Json) -> Iterator[str]:
             ("  created", c["sessions_created"], ""),
             ("  expired", c["sessions_expired"], ""),
             ("  closed", c["sessions_closed"], "by both ends, or cleared"),
-            ("bytes out", c["bytes_out"], "from inside to outside"),
-            ("bytes in", c["bytes_in"], "from outside to inside"),
         ]
     )
+    yield ""
+    rows = [(name, *t.values()) for name, t in c["traffic"].items()]
+    head = ("translated", "sessions made", "packets out", "packets in", "bytes out", "bytes in")
+    yield from table(head, rows)
     for verdict in ("drop", "pass"):
         rows = [
             (name, count, _sentence(meanings[name]))

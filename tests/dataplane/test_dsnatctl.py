@@ -557,3 +557,18 @@ def test_ports_that_arithmetic_gives_to_nobody_are_nobodys(engine: Bench, ctl: C
     assert ctl("reload")[0] == 0
     for tuple_ in ("203.0.113.1:65535", "203.0.113.1:1023", "203.0.113.2:2000", "203.0.113.10:64000"):
         assert ctl("who", tuple_)[0] == 1
+
+
+def test_traffic_is_counted_by_protocol_and_direction(engine: Bench, ctl: Ctl) -> None:
+    request = engine.send(tcp("100.64.0.2:40000 > 198.51.100.1:80"))  # 40 bytes
+    engine.send(tcp(f"198.51.100.1:80 > {outside(request)}", "SA"), on="outside0")
+    engine.send(udp("100.64.0.2:40000 > 198.51.100.1:53", b"four"))  # 32 bytes
+    engine.send(udp("100.64.0.2:40000 > 198.51.100.1:53", b"four"))
+    counters = json.loads(ctl("show", "counters", "--json")[1])["counters"]
+    fields = ("sessions_created", "packets_out", "packets_in", "bytes_out", "bytes_in")
+    assert {name: [one[field] for field in fields] for name, one in counters["traffic"].items()} == {
+        "tcp": [1, 1, 1, 40, 40],
+        "udp": [1, 2, 0, 64, 0],
+        "icmp": [0, 0, 0, 0, 0],
+    }
+    assert (counters["bytes_out"], counters["bytes_in"]) == (104, 40)
