@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -277,34 +277,48 @@ def plan(options: Options, out: Path | None) -> None:
 @shared
 def push(options: Options, yes: bool, saved: Path | None, no_confirm: bool, window: int | None) -> None:
     """Carry the plan out: shown, asked about, and undone by each gateway that it would cut off."""
+    fleet = read(options)
+    expected = None
+    if saved is not None:
+        kept = _saved_plan(saved)
+        expected = str(kept.get("hash"))
+        options = replace(options, limit=tuple(kept.get("limit", ())) or options.limit)
+    names = chosen(fleet, options)
+    wanted = wanted_files(fleet, names, options)
+    _push(options, fleet, wanted, yes=yes, confirm=not no_confirm, window_s=window, expected=expected)
+
+
+def _push(
+    options: Options,
+    fleet: Fleet,
+    wanted: Mapping[str, Rendered],
+    *,
+    yes: bool,
+    confirm: bool = True,
+    window_s: int | None = None,
+    expected: str | None = None,
+) -> NoReturn:
+    """Looks, plans, asks, carries out. `expected`: the only plan that may be carried out."""
     from provision import show
     from provision.plan import plan as make_plan
     from provision.push import Budget, window_of
 
-    fleet = read(options)
-    if saved is not None:
-        limit = tuple(_saved_plan(saved).get("limit", ()))
-        options = Options(options.file, options.json, limit or options.limit, options.jobs)
-    names = chosen(fleet, options)
-    wanted = wanted_files(fleet, names, options)
-    dial, running, missing = look(fleet, names, options)
+    dial, running, missing = look(fleet, list(wanted), options)
     found = make_plan(wanted, running)
-    if saved is not None and _saved_plan(saved).get("hash") != found.hash:
-        raise Exit(
-            STALE, f"the plan in {saved} is stale: fleet.yaml or a gateway has changed since; plan again"
-        )
+    if expected is not None and expected != found.hash:
+        raise Exit(STALE, "the saved plan is stale: fleet.yaml or a gateway has changed since; plan again")
     if not options.json:
         show.plan(found)
         report_missing(missing)
-    busy = [name for name in running if running[name].state != "idle"]
-    for name in busy if not options.json else ():
-        print(f"{name}: a change waits to be confirmed (dsnat-fleet status)", file=sys.stderr)
+    for name in running if not options.json else ():
+        if running[name].state != "idle":
+            print(f"{name}: a change waits to be confirmed (dsnat-fleet status)", file=sys.stderr)
     if found.changes and not yes:
         if options.json or not sys.stdin.isatty():
             raise Exit(INVALID, "nobody to ask whether to go on; look at `plan` and push with --yes")
         if not click.confirm(f"push plan {found.hash} to {len(found.changes)} gateways?"):
             raise Exit(FAILED, "not pushed")
-    order = order_of(options, found.hash, window or window_of(fleet), confirm=not no_confirm)
+    order = order_of(options, found.hash, window_s or window_of(fleet), confirm=confirm)
     budget = Budget(fleet.defaults.rollout.failures, len(missing))
     _finish(options, _roll_out(fleet, found, wanted, running, dial, order, budget, options), missing)
 
@@ -329,8 +343,10 @@ def _roll_out(
 ) -> tuple[list[Result], bool]:
     import threading
 
+    from provision.journal import Journal
     from provision.model import milliseconds
-    from provision.push import push_all, push_one, units, waves, witnesses
+    from provision.plan import digest_of
+    from provision.push import push_all, push_one, units, waves, with_failover, witnesses
 
     quiet = options.json or len(found.changes) > 20
 
@@ -338,16 +354,24 @@ def _roll_out(
         if not quiet:
             print(f"{gateway}: {text}", file=sys.stderr)
 
+    journal = Journal(options.directory, found.hash, {n: digest_of(r) for n, r in wanted.items()})
+    for name in found.unchanged:
+        journal.add({"gateway": name, "outcome": "unchanged"})
+
     def done(result: Result) -> None:
+        journal.add({"gateway": result.gateway, "outcome": result.outcome, "text": result.text})
         if not options.json:
             text = f": {result.text}" if result.text else ""
             print(f"{result.gateway}: {result.outcome} ({result.seconds} s){text}", file=sys.stderr)
 
     def one(change: Any) -> Result:
         name = change.gateway
-        return push_one(
-            change, wanted[name], dial, order, witness=witnesses(fleet, name, wanted[name], dial), say=say
-        )
+        witness = witnesses(fleet, name, wanted[name], dial)
+
+        def push() -> Result:
+            return push_one(change, wanted[name], dial, order, witness=witness, say=say)
+
+        return with_failover(fleet, change, running[name], dial, push, say=say)
 
     stop = threading.Event()
     rollout = fleet.defaults.rollout
@@ -396,6 +420,33 @@ def status_of(results: Sequence[Result]) -> int:
     if len(bad) == 1:
         return {"reverted": REVERTED, "locked": LOCKED, "stale": STALE}.get(bad.pop(), SOME_FAILED)
     return SOME_FAILED
+
+
+@cli.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@shared
+def resume(options: Options, yes: bool) -> None:
+    """Go on with the last push where it ended: with those gateways that did not get its change."""
+    from provision.journal import JournalError, last_run
+    from provision.plan import digest_of
+
+    fleet = read(options)
+    try:
+        run = last_run(options.directory)
+    except JournalError as error:
+        raise Exit(INVALID, str(error)) from error
+    gone = [name for name in run.left if name not in fleet.gateways]
+    if gone:
+        raise Exit(STALE, f"the run was about {', '.join(gone)}, no longer in {options.file}; plan again")
+    wanted = wanted_files(fleet, run.left, options)
+    moved = [name for name in wanted if digest_of(wanted[name]) != run.wanted[name]]
+    if moved:
+        raise Exit(
+            STALE, f"{options.file} wants something else of {', '.join(moved)} than the run did; plan again"
+        )
+    if not options.json:
+        print(f"plan {run.plan}: {len(run.wanted) - len(wanted)} done, {len(wanted)} left")
+    _push(options, fleet, wanted, yes=yes)
 
 
 @cli.command()
@@ -487,6 +538,64 @@ def _generation_before(running: Running) -> int:
 
 
 @cli.command()
+@click.argument("gateway")
+@click.option("--undo", is_flag=True, help="Take part in the pair again.")
+@shared
+def drain(options: Options, gateway: str, undo: bool) -> None:
+    """Hand GATEWAY's VRRP addresses to its peer, for work on it. Its sessions go where the addresses go."""
+    from provision.push import dialer
+    from provision.push import drain as drain_one
+    from provision.ssh import GatewayError
+
+    fleet = read(options)
+    if gateway not in fleet.gateways:
+        raise Exit(INVALID, f"there is no gateway {gateway} in {options.file}")
+    try:
+        text = drain_one(fleet, gateway, dialer(fleet, options.directory), on=not undo)
+    except GatewayError as error:
+        raise Exit(SOME_FAILED, f"{gateway}: {error}") from error
+    if options.json:
+        emit({"gateway": gateway, "drained": not undo, "text": text})
+    else:
+        print(f"{gateway}: {text}")
+
+
+@cli.command("exec", context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED)
+@shared
+def exec_(options: Options, words: tuple[str, ...]) -> None:
+    """Run one of a few commands that only read, on every gateway: `exec -- dsnatctl show pools`."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from provision.push import FACTS_S, dialer
+    from provision.ssh import GatewayError
+
+    fleet = read(options)
+    dial = dialer(fleet, options.directory)
+
+    def one(name: str) -> tuple[int, str]:
+        try:
+            with dial(name) as remote:
+                answer = remote.ask({"do": "exec", "argv": list(words)}, deadline_s=FACTS_S)
+        except GatewayError as error:
+            return -1, str(error)
+        return int(answer["status"]), str(answer["output"])
+
+    names = chosen(fleet, options)
+    with ThreadPoolExecutor(max_workers=max(1, min(options.jobs, len(names)))) as pool:
+        found = dict(zip(names, pool.map(one, names), strict=True))
+    if options.json:
+        emit({name: {"status": status, "output": text} for name, (status, text) in found.items()})
+    else:
+        for name, (status, text) in found.items():
+            print(
+                f"==> {name}{f' (status {status})' if status > 0 else ': not done' if status else ''}\n{text}"
+            )
+    if any(status for status, _ in found.values()):
+        raise Exit(SOME_FAILED)
+
+
+@cli.command()
 @shared
 def status(options: Options) -> None:
     """One screen: who runs what, who is master, how full the pools are."""
@@ -530,6 +639,8 @@ def _summary(running: Running, addresses: list[str]) -> dict[str, Any]:
     pools = engine.get("pools", {}).get("pools", [])
     held = running.holds(addresses)
     role = "-" if not addresses else "master" if held == len(addresses) else "backup" if not held else "split"
+    if running.facts.get("drained"):
+        role += ", drained"
     pending = running.facts.get("pending")
     state = (
         running.state if pending is None else f"{running.state}, undone in {pending['deadline_in_s']:.0f} s"

@@ -61,6 +61,17 @@ APPLY_MAX_S = 240.0  # the longest that services may take to come up; the deadli
 WINDOW_S = (5.0, 3600.0)
 LEASE_S = 300.0
 
+WORD = r"[A-Za-z0-9_.:/@=,-]+"
+READING = (
+    rf"dsnatctl (show|who|explain|rfc)( {WORD})*",
+    rf"ip( -[a-z0-9]+)* (address|addr|route|rule|neigh|neighbour|link)( show( {WORD})*)?",
+    rf"systemctl (status|is-active|is-failed|show|list-units|list-timers)( {WORD})*",
+    rf"networkctl (list|status)( {WORD})*",
+    r"journalctl( (-b|-k|--no-pager|-n \d+|-u [A-Za-z0-9_.@-]+))*",
+    r"(dsnatd|keepalived) --version",
+    r"uptime|uname -a|df|free|nproc",
+)
+
 Json = dict[str, Any]
 
 
@@ -151,6 +162,14 @@ class Machine:
         if not isinstance(answer, dict) or not answer.get("ok"):
             raise OSError(str(answer.get("error", "no answer")) if isinstance(answer, dict) else "no answer")
         return answer
+
+    def write_drain(self, on: bool) -> None:
+        Path("/run/dsnat-drain").write_text("1\n" if on else "0\n")
+
+    def is_drained(self) -> bool:
+        with contextlib.suppress(OSError):
+            return Path("/run/dsnat-drain").read_text().strip() not in ("", "0")
+        return False
 
     def announce(self, text: str) -> None:
         """A change was undone: whoever looks at this gateway must see it."""
@@ -322,6 +341,8 @@ class Agent:
             "history": lambda r: {"events": self.history()[-_number(r, "last", 20, 1, 10_000) :]},
             "release": self.release,
             "describe": self.describe,
+            "drain": self.drain,
+            "exec": self.execute,
         }
         verb = verbs.get(str(request.get("do")))
         if verb is None:
@@ -380,6 +401,7 @@ class Agent:
             drift=drift,
             units=dict(zip(units, active.split(), strict=False)),
             addresses=self._addresses(),
+            drained=machine.is_drained(),
             engine=self._engine_facts(request.get("shows", ["pools"])),
         )
         return state
@@ -548,6 +570,27 @@ class Agent:
         generation = _number(request, "generation", -1, 0, 1 << 31)
         manifest = self._whole(generation)
         return {"generation": generation, "digest": digest_of_files(manifest["files"]), "manifest": manifest}
+
+    def drain(self, request: Json) -> Json:
+        """keepalived watches a file: anything but 0 in it is a fault, and the peer takes over. Gone after
+        a reboot.
+        """
+        on = request.get("on")
+        if not isinstance(on, bool):
+            raise Refused("usage", '"on" must be true or false')
+        self.machine.write_drain(on)
+        self.machine.log(f"{'drained' if on else 'no longer drained'} owner={_text(request, 'owner')}")
+        return {"drained": on}
+
+    def execute(self, request: Json) -> Json:
+        """A command that only reads, from a list; nothing of it goes through a shell."""
+        argv = request.get("argv")
+        if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv) or not argv:
+            raise Refused("usage", "the request holds no command")
+        if not any(re.fullmatch(pattern, " ".join(argv)) for pattern in READING):
+            raise Refused("usage", f"{' '.join(argv)} is not one of the commands that only read")
+        status, output = self.machine.run(argv, 20.0)
+        return {"status": status, "output": output}
 
     def release(self, request: Json) -> Json:
         """Gives the lease back, when nothing is pending."""

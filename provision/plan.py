@@ -127,6 +127,10 @@ def wanted_sums(rendered: Rendered) -> dict[str, str]:
     return {name: file.sha256 for name, file in rendered.files.items()}
 
 
+def digest_of(rendered: Rendered) -> str:
+    return digest_of_files(wanted_sums(rendered))
+
+
 def sums(running: Running) -> dict[str, str]:
     return {name: file["sha256"] for name, file in running.files.items()}
 

@@ -485,5 +485,79 @@ def witnesses(fleet: Fleet, name: str, rendered: Rendered, dial: Dial) -> Witnes
     return look
 
 
+# ---- handing over
+# -----------------------------------------------------------------------------------------------
+
+HAND_OVER_S = 30.0
+
+
+class NoHandOver(GatewayError):
+    word = "hand-over"
+
+
+def drain(
+    fleet: Fleet,
+    name: str,
+    dial: Dial,
+    *,
+    on: bool,
+    now: Callable[[], float] = time.monotonic,
+    nap: Callable[[float], None] = time.sleep,
+) -> str:
+    """Lets the peer have the VRRP addresses, when it is well enough to; waits until it has them."""
+    peer, addresses = fleet.peer_of(name), vrrp_addresses(fleet, name)
+
+    def ask(gateway: str, request: dict[str, Any]) -> dict[str, Any]:
+        with dial(gateway) as remote:
+            return remote.ask(request, deadline_s=FACTS_S)
+
+    if not on:
+        ask(name, {"do": "drain", "on": False})
+        return "takes part in VRRP again"
+    if peer is None or not addresses:
+        raise NoHandOver("has no peer to hand over to; only a gateway of a pair can be drained")
+    other = Running(peer, ask(peer, {"do": "facts", "shows": []}))
+    if other.facts.get("drained"):
+        raise NoHandOver(f"its peer {peer} is drained itself; end that first with drain {peer} --undo")
+    if "error" in other.facts.get("engine", {}) or other.facts.get("units", {}).get("keepalived") != "active":
+        raise NoHandOver(f"its peer {peer} is not well (see status); nothing was handed over")
+    ask(name, {"do": "drain", "on": True})
+    end = now() + HAND_OVER_S
+    while now() < end:
+        if Running(peer, ask(peer, {"do": "facts", "shows": []})).holds(addresses) == len(addresses):
+            return f"{peer} has the VRRP addresses now"
+        nap(PAUSE_S)
+    ask(name, {"do": "drain", "on": False})
+    raise NoHandOver(
+        f"{peer} did not take the addresses within {HAND_OVER_S:.0f} s; the hand-over was undone"
+    )
+
+
+def with_failover(
+    fleet: Fleet,
+    change: Change,
+    running: Running,
+    dial: Dial,
+    push: Callable[[], Result],
+    *,
+    say: Callable[[str, str], None] = lambda gateway, text: None,
+) -> Result:
+    """A change that restarts the engine of a pair's master: its peer carries the traffic meanwhile."""
+    name = change.gateway
+    addresses = vrrp_addresses(fleet, name)
+    needed = "engine-stop" in change.actions and fleet.peer_of(name) is not None and running.holds(addresses)
+    if not needed:
+        return push()
+    try:
+        say(name, f"handing over: {drain(fleet, name, dial, on=True)}")
+    except GatewayError as error:
+        return Result(name, "failed", f"its engine must restart, but {error}")
+    try:
+        return push()
+    finally:
+        with suppress(GatewayError):
+            drain(fleet, name, dial, on=False)
+
+
 def window_of(fleet: Fleet) -> int:
     return max(5, milliseconds(fleet.defaults.rollout.confirm_within) // 1000)

@@ -30,6 +30,7 @@ class FakeMachine(Machine):
         self.broken: set[str] = set()  # services that do not start
         self.unwell: set[int] = set()  # generations whose engine does not answer
         self.said: list[str] = []
+        self.drained = False
         self.steps_left: int | None = None
         self._snapshot: Path | None = None
         self.source: Callable[[], float] | None = None
@@ -74,6 +75,8 @@ class FakeMachine(Machine):
                 return 0, "\n".join("active" if name in self.running else "inactive" for name in names)
             case ["systemctl", verb, unit]:
                 return self._service(verb, unit.removesuffix(".service"))
+            case ["uptime"]:
+                return 0, "up 1 day"
             case ["unshare", *_] | ["ip", *_] | ["networkctl", *_] | ["chronyc", *_]:
                 return 0, ""
         raise AssertionError(argv)
@@ -92,6 +95,12 @@ class FakeMachine(Machine):
         if request == {"cmd": "reload"}:
             self._read("dsnatd")
         return {"ok": True}
+
+    def write_drain(self, on: bool) -> None:
+        self.drained = on
+
+    def is_drained(self) -> bool:
+        return self.drained
 
     def announce(self, text: str) -> None:
         self.said.append(text)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from provision.agent import Agent, Refused, actions_between
+from provision.agent import READING, Agent, Refused, actions_between
 from tests.provision.machine import Client, FakeMachine, PowerCutError, files, snapshot_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,6 +226,45 @@ def test_a_request_that_makes_no_sense_is_refused(
         alice.ask(**request_)
     assert refused.value.kind == "usage"
     assert snapshot_of(machine.root) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "dsnatctl show pools --json",
+        "ip -j address show dev inside0",
+        "ip -s link",
+        "journalctl -u dsnatd.service -n 50 --no-pager",
+        "systemctl status keepalived",
+        "uptime",
+    ],
+)
+def test_commands_that_read_are_on_the_list(line: str) -> None:
+    assert any(re.fullmatch(pattern, line) for pattern in READING)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["dsnatctl", "clear"],
+        ["ip", "address", "add", "192.0.2.1/24", "dev", "inside0"],
+        ["ip", "address", "show", "x;reboot"],
+        ["ip", "netns", "exec", "x", "sh"],
+        ["systemctl", "stop", "dsnatd"],
+        ["journalctl", "--vacuum-time=1s"],
+        ["uptime", "\n"],
+        ["sh", "-c", "uptime"],
+        [],
+        "uptime",
+    ],
+)
+def test_a_command_that_is_not_on_the_list_is_refused(alice: Client, argv: object) -> None:
+    with pytest.raises(Refused):
+        alice.ask(do="exec", argv=argv)
+
+
+def test_a_command_on_the_list_gives_status_and_output(alice: Client) -> None:
+    assert alice.ask(do="exec", argv=["uptime"]) == {"status": 0, "output": "up 1 day"}
 
 
 def test_another_protocol_is_refused_with_both_numbers(machine: FakeMachine) -> None:

@@ -11,18 +11,22 @@ from typing import Any
 import pytest
 
 from provision.agent import PROTOCOL, Agent, Refused
+from provision.model import Fleet
 from provision.plan import Change, Running, plan
 from provision.push import (
     AgentRefused,
     Budget,
+    NoHandOver,
     Order,
     Remote,
     Result,
+    drain,
     gather,
     push_all,
     push_one,
     units,
     waves,
+    with_failover,
     witnesses,
 )
 from provision.render import render
@@ -39,6 +43,7 @@ class Lab:
     def __init__(self, home: Path, names: list[str]) -> None:
         self.machines = {name: FakeMachine(home / name) for name in names}
         self.master: str | None = names[0]
+        self.takes_over = True
         self.asked: list[tuple[str, str]] = []
         self.dials = dict.fromkeys(names, 0)
         self.fault: Callable[[str, str], None] = lambda name, verb: None
@@ -79,6 +84,8 @@ class Asked:
             raise AgentRefused(refused.kind, str(refused)) from refused
         finally:
             self.lab.fault(self.name, f"after {verb}")
+        if verb == "drain" and request["on"] and self.lab.takes_over:
+            self.lab.master = next(n for n in self.lab.machines if n != self.name)
         if verb == "facts":
             held = VIPS if self.lab.master == self.name else []
             answer["addresses"] = {"outside0": held}
@@ -237,6 +244,84 @@ def test_two_operators_do_not_overwrite_each_other(lab: Lab, read: Reader) -> No
     result = push(lab, read)
     assert result.outcome == "locked"
     assert "bob" in result.text
+
+
+# ---- handing over
+# ------------------------------------------------------------------------------------------------
+
+
+def run_both(lab: Lab, read: Reader) -> Fleet:
+    for name in ("gw2", "gw1"):
+        assert push(lab, read, PAIR, name).outcome == "confirmed"
+    lab.asked.clear()
+    return read(PAIR)[0]
+
+
+def test_a_drained_master_hands_its_addresses_to_its_peer(lab: Lab, read: Reader) -> None:
+    fleet = run_both(lab, read)
+    assert (
+        drain(fleet, "gw1", lab.dial, on=True, now=lab.now, nap=lab.nap) == "gw2 has the VRRP addresses now"
+    )
+    assert lab.machines["gw1"].drained
+    drain(fleet, "gw1", lab.dial, on=False)
+    assert not lab.machines["gw1"].drained
+
+
+def test_a_peer_that_is_not_well_is_handed_nothing(lab: Lab, read: Reader) -> None:
+    fleet = run_both(lab, read)
+    lab.machines["gw2"].running.pop("dsnatd")
+    with pytest.raises(NoHandOver, match="gw2 is not well"):
+        drain(fleet, "gw1", lab.dial, on=True, now=lab.now, nap=lab.nap)
+    assert not lab.machines["gw1"].drained
+
+
+def test_both_of_a_pair_cannot_be_drained(lab: Lab, read: Reader) -> None:
+    fleet = run_both(lab, read)
+    drain(fleet, "gw1", lab.dial, on=True, now=lab.now, nap=lab.nap)
+    with pytest.raises(NoHandOver, match="gw1 is drained itself"):
+        drain(fleet, "gw2", lab.dial, on=True, now=lab.now, nap=lab.nap)
+
+
+def test_a_hand_over_that_nobody_takes_is_undone(lab: Lab, read: Reader) -> None:
+    fleet = run_both(lab, read)
+    lab.takes_over = False
+    with pytest.raises(NoHandOver, match="the hand-over was undone"):
+        drain(fleet, "gw1", lab.dial, on=True, now=lab.now, nap=lab.nap)
+    assert not lab.machines["gw1"].drained
+
+
+def test_a_gateway_alone_cannot_be_drained(lab: Lab, read: Reader) -> None:
+    with pytest.raises(NoHandOver, match="no peer"):
+        drain(read(LONE)[0], "gw1", lab.dial, on=True)
+
+
+@pytest.mark.parametrize(
+    ("actions", "name", "expected"),
+    [
+        (("engine-stop",), "gw1", ["drain on", "push", "drain off"]),
+        (("engine-stop",), "gw2", ["push"]),  # the backup
+        (("engine-reload",), "gw1", ["push"]),
+    ],
+)
+def test_the_peer_carries_the_traffic_while_a_masters_engine_restarts(
+    lab: Lab, read: Reader, actions: tuple[str, ...], name: str, expected: list[str]
+) -> None:
+    fleet = run_both(lab, read)
+    found = gather([name], lab.dial, jobs=1)[name]
+    assert isinstance(found, Running)
+    happened: list[str] = []
+
+    def note() -> Result:
+        happened.append("push")
+        return Result(name, "confirmed")
+
+    def fault(gateway: str, verb: str) -> None:
+        if verb == "drain":
+            happened.append("drain off" if lab.machines[name].drained else "drain on")
+
+    lab.fault = fault
+    with_failover(fleet, Change(name, 0, "", (), actions), found, lab.dial, note)
+    assert happened == expected
 
 
 # ---- the order of a fleet

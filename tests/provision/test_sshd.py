@@ -190,3 +190,24 @@ def test_two_operators_cannot_change_a_gateway_at_once(gateway: Gateway) -> None
 def test_a_gateway_that_is_away_is_named_and_the_status_is_three(gateway: Gateway) -> None:
     text = run(fleet(gateway, port="1"), "push", "--yes", status=3)
     assert "127.0.0.1:1 cannot be reached" in text
+
+
+def test_a_run_that_failed_is_resumed_where_it_ended(gateway: Gateway) -> None:
+    (gateway.fake / "fail-keepalived.service").touch()
+    file = fleet(gateway)
+    run(file, "push", "--yes", status=6)
+    (gateway.fake / "fail-keepalived.service").unlink()
+    text = run(file, "resume", "--yes")
+    assert "0 done, 1 left" in text
+    assert gateway.current() == 2
+    assert "1 done, 0 left" in run(file, "resume", "--yes")
+
+
+def test_a_command_that_reads_runs_on_the_gateway_and_others_do_not(gateway: Gateway) -> None:
+    file = fleet(gateway)
+    assert "==> gw1\n" in run(file, "exec", "--", "uname", "-a")
+    assert "is not one of the commands that only read" in run(file, "exec", "--", "reboot", status=3)
+
+
+def test_the_pinned_key_is_checked_on_request(gateway: Gateway) -> None:
+    assert "as pinned" in run(fleet(gateway), "keys", "--check")

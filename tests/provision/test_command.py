@@ -1,0 +1,167 @@
+"""The program as an operator meets it: sentences and exit statuses, before any gateway is asked."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from provision.__main__ import main
+from provision.journal import Journal, JournalError, last_run
+from tests.provision.conftest import LONE, PAIR, changed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*words: str, status: int = 0) -> str:
+    """In this process: thirty interpreters would take longer than all they test."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
+        patch.setattr(sys, "argv", ["dsnat-fleet", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert end.value.code == status, f"{end.value.code}: {out.getvalue()}"
+    return out.getvalue()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(changed(LONE, ("address: 192.0.2.11", "address: 127.0.0.1, port: 1")))  # nobody there
+    return path
+
+
+def test_help_answers_at_once() -> None:
+    """In processor time of this process and its children: a busy machine must not make it fail."""
+    took = []
+    for _ in range(3):
+        program = (
+            "import time; t = time.process_time(); import provision.__main__, sys; "
+            "sys.argv = ['dsnat-fleet', '--help']\n"
+            "try: provision.__main__.main()\n"
+            "except SystemExit: print(time.process_time() - t, file=sys.stderr)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        took.append(float(done.stderr))
+    assert min(took) < 0.1
+
+
+def test_help_imports_neither_ssh_nor_tables() -> None:
+    program = (
+        "import provision.__main__, sys; sys.exit(bool({'paramiko', 'rich', 'pydantic'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_good_file_is_valid(file: Path) -> None:
+    assert "valid; 1 gateways, 0 pairs, 1 pools with 4 addresses" in run("--file", str(file), "validate")
+    assert json.loads(run("--file", str(file), "validate", "--json")) == {"ok": True, "problems": []}
+
+
+def test_a_bad_file_ends_every_verb_with_two_and_all_its_errors(file: Path) -> None:
+    file.write_text(changed(LONE, ("id: 10", "id: 1000"), ("pool: home", "pool: hone")))
+    for verb in ("validate", "plan", "push", "status", "drift", "confirm"):
+        assert "fleet.yaml:13:23" in run("--file", str(file), verb, status=2)
+    problems = json.loads(run("--file", str(file), "validate", "--json", status=2))["problems"]
+    assert problems[0]["line"] == 13
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    text = run("--file", str(tmp_path / "none.yaml"), "plan", status=2)
+    assert "none.yaml: cannot be read (No such file or directory); name an existing file with --file" in text
+
+
+def test_a_secret_that_is_not_there_is_said_before_anything_is_sent(file: Path) -> None:
+    secret = ("    vrrp:\n", "    vrrp:\n      version: 2\n      authentication: {password: 'env:NOT_SET'}\n")
+    file.write_text(changed(LONE, secret))
+    assert "env:NOT_SET: NOT_SET is not set in the environment" in run("--file", str(file), "plan", status=2)
+
+
+def test_a_limit_that_names_nobody_is_an_error(file: Path) -> None:
+    assert "--limit gw9: no gateway, pair or site has this name" in run(
+        "--file", str(file), "plan", "--limit", "gw9", status=2
+    )
+
+
+def test_a_push_that_nobody_can_be_asked_about_needs_yes(file: Path) -> None:
+    assert "not reached: gw1" in run("--file", str(file), "push", status=3)
+
+
+def test_the_files_of_a_gateway_are_printed_without_a_network(file: Path) -> None:
+    assert "==> keepalived.conf\n" in run("--file", str(file), "render", "gw1")
+    run("--file", str(file), "render", "gw9", status=2)
+
+
+def test_known_hosts_lines_are_those_of_openssh(file: Path) -> None:
+    file.write_text(changed(PAIR, ("{address: 192.0.2.12}", "{address: 192.0.2.12, port: 2222}")))
+    lines = run("--file", str(file), "keys", "--known-hosts").splitlines()
+    assert lines[0].startswith("192.0.2.11 ssh-ed25519 AAAA")
+    assert lines[1].startswith("[192.0.2.12]:2222 ssh-ed25519 AAAA")
+
+
+def test_the_schema_knows_every_key() -> None:
+    schema = json.loads(run("schema"))
+    assert "schema" in schema["properties"]
+    assert "announce" in schema["$defs"]["Pool"]["properties"]
+
+
+def test_a_node_of_dsnat_is_imported_from_the_command_line(tmp_path: Path) -> None:
+    example = Path(__file__).parent / "dsnat/keepalived.conf"
+    words = ["--management", "gw1=192.0.2.11", "--interface", "gw1:eth0=1.1.0.2/16,0000:00:03.0"]
+    text = run("import", str(example), *words)
+    assert 'eth0: {role: inside, path: dpdk, device: "0000:00:03.0", addresses: [1.1.0.2/16]}' in text
+    assert "keepalived.conf:60: syn_proxy had no effect" in text
+    run("import", str(tmp_path / "none"), status=2)
+
+
+def test_resume_without_a_run_says_so(file: Path) -> None:
+    assert "there is no run to go on with" in run("--file", str(file), "resume", status=2)
+
+
+def test_a_run_whose_wishes_have_changed_is_stale(file: Path) -> None:
+    Journal(file.parent, "p", {"gw1": "another digest"})
+    assert "wants something else of gw1" in run("--file", str(file), "resume", status=8)
+
+
+def test_a_journal_tells_who_is_left(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "p", {"gw1": "a", "gw2": "b", "gw3": "c"})
+    journal.add({"gateway": "gw1", "outcome": "confirmed"})
+    journal.add({"gateway": "gw2", "outcome": "reverted"})
+    with journal.path.open("a") as torn:
+        torn.write('{"gateway": "gw3", "outc')
+    assert last_run(tmp_path).left == ["gw2", "gw3"]
+
+
+def test_a_journal_that_says_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / ".dsnat-fleet").mkdir()
+    (tmp_path / ".dsnat-fleet/x.jsonl").write_text("\n")
+    with pytest.raises(JournalError, match="does not say what the run was about"):
+        last_run(tmp_path)
+
+
+def test_unknown_verbs_and_options_end_with_two() -> None:
+    run("nonsense", status=2)
+    run("plan", "--nonsense", status=2)
+
+
+def test_the_examples_in_the_readme_are_valid(tmp_path: Path) -> None:
+    text = (ROOT / "provision/README.md").read_text()
+    examples = [block.split("```")[0] for block in text.split("```yaml\n")[1:]]
+    assert len(examples) == 2
+    for example in examples:
+        (tmp_path / "fleet.yaml").write_text(example)
+        run("--file", str(tmp_path / "fleet.yaml"), "validate")
+
+
+def test_every_verb_is_in_the_readme() -> None:
+    help_ = run("--help")
+    verbs = [line.split()[0] for line in help_.partition("Commands:")[2].strip().splitlines()]
+    table = (ROOT / "provision/README.md").read_text()
+    assert [verb for verb in verbs if f"`{verb}" not in table] == []
