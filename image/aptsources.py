@@ -1,8 +1,9 @@
 """The machine's own Debian package sources, moved to another release.
 
-The image and the tools tree are Debian 13, the build machine may be Debian 12. Both come from the place that
-the machine's administrator already trusts: the entries of /etc/apt are read, those of the Debian archive
-kept, and only their suite is changed. No host name of a mirror is written anywhere in this repository.
+The image and the tools tree are Debian 13, the build machine may be Debian 12. Both come from the place
+that the machine's administrator already trusts: the entries of /etc/apt are read, those of the Debian
+archive kept, and only their suite is changed. No host name of a mirror is written anywhere in this
+repository.
 
 Kept: entries of type deb with component main that the Debian archive key signs, or whose address ends in
 "debian" or "debian-security". Dropped: third parties, source packages, backports, proposed updates.
@@ -50,10 +51,8 @@ class Source:
         return [f"deb [signed-by={KEYRING}] {self.uri} {suite} main" for suite in self.suites]
 
     def stanza(self) -> str:
-        return (
-            f"Types: deb\nURIs: {self.uri}\nSuites: {' '.join(self.suites)}\nComponents: main\n"
-            f"Signed-By: {KEYRING}\n"
-        )
+        suites = " ".join(self.suites)
+        return f"Types: deb\nURIs: {self.uri}\nSuites: {suites}\nComponents: main\nSigned-By: {KEYRING}\n"
 
 
 @dataclass(frozen=True)

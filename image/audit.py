@@ -1,9 +1,9 @@
 """Look into the built image without booting it: `python -m image.audit`.
 
-Every check answers "would an operator want to know this before flashing it": are the programs built with the
-usual protections, does every library and symbol version exist, are the NIC drivers of the fleet there, is a
-key or a password baked in, does anything run that should not, does it fit the budget. The root file system is
-unpacked out of its own partition, so what is looked at is what would be booted.
+Every check answers "would an operator want to know this before flashing it": are the programs built with
+the usual protections, does every library and symbol version exist, are the NIC drivers of the fleet there,
+is a key or a password baked in, does anything run that should not, does it fit the budget. The root file
+system is unpacked out of its own partition, so what is looked at is what would be booted.
 
 Two measures: `OURS` (the engine) must have everything; Debian's programs must have what all of Debian has.
 
@@ -81,7 +81,6 @@ ENABLED = (
 OUR_UNITS = ("dsnatd", "dsnat-failclosed", "dsnat-identity", "dsnat-nic", "dsnat-nic-watch", "dsnat-ready")
 DOWNLOAD_BYTES = 250_000_000
 SECRET = re.compile(rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----|openssh-key-v1\0")
-KEPT_BY_US = ("etc/", "root/", "var/", "usr/lib/dsnat/", "usr/share/dsnat/")  # where a key could hide
 # Private libraries of Debian's own packages: on the read-only root, so nobody can put another one there.
 RUNPATHS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/systemd")
 # Debian builds it so, for speed; everything that starts it runs as root already.
@@ -100,7 +99,7 @@ class Report:
         self.findings.append(what)
 
 
-# --- one ELF file -------------------------------------------------------------------------------------------
+# --- one ELF file ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -143,6 +142,11 @@ def read_elf(path: Path, name: str) -> Elf | None:
             raise BuildError(f"{name} in the image is not a readable ELF file: {error}") from error
 
 
+def text_of(tag: object, name: str) -> str:
+    """pyelftools gives a tag the attributes that its kind has, which no type can say."""
+    return str(getattr(tag, name))
+
+
 def _facts(elf: ELFFile, facts: Elf) -> Elf:
     for segment in elf.iter_segments():
         match segment["p_type"]:
@@ -160,9 +164,10 @@ def _facts(elf: ELFFile, facts: Elf) -> Elf:
             for tag in section.iter_tags():
                 match tag.entry.d_tag:
                     case "DT_NEEDED":
-                        needed.append(str(getattr(tag, "needed")))  # noqa: B009 (made at run time)
+                        needed.append(text_of(tag, "needed"))
                     case "DT_RPATH" | "DT_RUNPATH":
-                        facts.runpath = str(getattr(tag, tag.entry.d_tag[3:].lower()))
+                        name = "rpath" if tag.entry.d_tag == "DT_RPATH" else "runpath"
+                        facts.runpath = text_of(tag, name)
                     case "DT_TEXTREL":
                         facts.text_relocations = True
                     case "DT_BIND_NOW":
@@ -206,7 +211,7 @@ def _isa(note: object) -> str:
     return ""
 
 
-# --- the root of the image ----------------------------------------------------------------------------------
+# --- the root of the image ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,7 @@ def unpack(image: Path) -> Root:
     return Root(folder)
 
 
-# --- checks -------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def check_elves(root: Root, report: Report) -> None:
@@ -352,8 +357,11 @@ def check_files(root: Root, report: Report) -> None:
             capable.append(name)
         if mode & stat.S_IWOTH:
             report.wrong(f"{name}: everybody may write it")
-        small = path.stat().st_size < 1 << 20
-        if small and name.startswith(KEPT_BY_US) and SECRET.search(path.read_bytes()):
+        if (
+            path.stat().st_size < 1 << 20
+            and name.startswith(("etc/", "root/", "var/", "usr/lib/dsnat/", "usr/share/dsnat/"))
+            and SECRET.search(path.read_bytes())
+        ):
             report.wrong(f"{name}: a private key is baked in")
     for name in setuid:
         report.wrong(f"{name}: runs with the rights of its owner (setuid or setgid)")
@@ -396,9 +404,11 @@ def check_units(root: Root, report: Report) -> None:
         )
     report.facts["enabled_units"] = sorted(enabled)
     units = [f"{unit}.service" for unit in OUR_UNITS]
-    done = subprocess.run(tool("systemd-analyze", "verify", f"--root={root.path}", "--man=no",
-                          "--recursive-errors=no", *units),
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        tool("systemd-analyze", "verify", f"--root={root.path}", "--man=no", "--recursive-errors=no", *units),
+        capture_output=True,
+        text=True,
+    )
     for line in done.stderr.splitlines():
         # Without an engine in the image yet, its unit has nothing to run; the boot would say the same.
         report.wrong(f"systemd-analyze verify: {line.strip().removeprefix(str(root.path))}")

@@ -1,24 +1,24 @@
-"""Boot the image in QEMU, without a window: `python -m image.boot [IMAGE]`, or class Machine in a test or the
-demo.
+"""Boot the image in QEMU, without a window: `python -m image.boot [IMAGE]`, or class Machine in a test or
+the demo.
 
 A machine is a throw-away: the disk is a qcow2 overlay of the image, everything it writes is in its own
 folder, and it ends with the process that started it. It has
 
-* a management NIC (PCI slot 2) on QEMU's user network, closed to the outside (restrict=on), whose port 22 is
-  forwarded from a free port of 127.0.0.1;
+* a management NIC (PCI slot 2) on QEMU's user network, closed to the outside (restrict=on), whose port 22
+  is forwarded from a free port of 127.0.0.1;
 * data NICs from PCI slot 3 on (0000:00:03.0, 0000:00:04.0, ...), each a TAP device given as open file
   descriptors, so that QEMU needs no rights in the network namespace where the other end lives;
 * an identity, as SMBIOS strings; its serial console in serial.log; a virtio-serial port on which the guest
   itself says that it is ready. Nothing else counts as ready: not a banner, not a prompt.
 
 Waiting is by progress and not by the clock alone: a boot fails at once when the console shows a panic,
-emergency mode or a unit that failed, and otherwise after 120 s without a sign of life; the error carries the
-console's last lines.
+emergency mode or a unit that failed, and otherwise after 120 s without a sign of life; the error carries
+the console's last lines.
 
 /dev/kvm may exist and not work (it opens, then hangs), so once per machine something tiny is booted with it.
 
-Exit status: 0 ended by the operator or, with --check, ready; 1 did not get ready; 2 wrong usage; 3 something
-is missing.
+Exit status: 0 ended by the operator or, with --check, ready; 1 did not get ready; 2 wrong usage; 3
+something is missing.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ FIRMWARE_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 MANAGEMENT_MAC = "52:54:00:d5:00:02"
 READY_PORT = "org.dsnat.ready"
 
-# Progress on the console in place of silence, and time enough for an emulated CPU. A signed UKI under Secure
-# Boot ignores this; elsewhere the stub adds it to the command line.
+# Progress on the console in place of silence, and time enough for an emulated CPU. A signed UKI under
+# Secure Boot ignores this; elsewhere the stub adds it to the command line.
 EXTRA_COMMAND_LINE = (
     "systemd.show_status=yes systemd.default_timeout_start_sec=300 systemd.default_device_timeout_sec=300 "
     "mitigations=off"
@@ -71,18 +71,22 @@ EXIT_NEEDS = 3
 
 
 class BootError(Exception):
-    """A machine that could not be started or did not get ready; ends with the console's last lines."""
+    """A machine that could not be started or did not get ready; the text ends with the console's last
+    lines.
+    """
 
 
 class NeedsError(Exception):
     """This host lacks something; the text says what to do."""
 
 
-# --- KVM or not ---------------------------------------------------------------------------------------------
+# --- KVM or not -----------------------------------------------------------------------------------
 
 
 def kvm_works(memory: Path = BUILD / "kvm.json") -> bool:
-    """Boot seven instructions with KVM, once for a kernel and a QEMU: on some hosts the first one hangs."""
+    """Boot seven instructions with KVM, at most once for a kernel and a QEMU: on some hosts the first one
+    hangs.
+    """
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
     qemu = shutil.which(QEMU)
@@ -98,9 +102,23 @@ def kvm_works(memory: Path = BUILD / "kvm.json") -> bool:
     with tempfile.NamedTemporaryFile(prefix="dsnat-kvm-") as disk:
         disk.write(sector)
         disk.flush()
-        command = [QEMU, "-accel", "kvm", "-cpu", "host", "-m", "32", "-nodefaults", "-no-user-config",
-                   "-display", "none", "-device", "isa-debug-exit,iobase=0xf4",
-                   "-drive", f"file={disk.name},format=raw,readonly=on"]  # fmt: skip
+        command = [
+            QEMU,
+            "-accel",
+            "kvm",
+            "-cpu",
+            "host",
+            "-m",
+            "32",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-device",
+            "isa-debug-exit,iobase=0xf4",
+            "-drive",
+            f"file={disk.name},format=raw,readonly=on",
+        ]
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as vm:
@@ -114,7 +132,7 @@ def kvm_works(memory: Path = BUILD / "kvm.json") -> bool:
     return works
 
 
-# --- a data NIC ---------------------------------------------------------------------------------------------
+# --- a data NIC -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -129,8 +147,9 @@ class Nic:
 
 
 def open_tap(name: str, *, queues: int = 1) -> tuple[int, ...]:
-    """Make TAP device `name` here and give its descriptors. It may then be moved to another network namespace
-    with `ip link set NAME netns ...`; the descriptors stay its other end, and it ends when they are closed.
+    """Make TAP device `name` here and give its descriptors. It may then be moved to another network
+    namespace with `ip link set NAME netns ...`; the descriptors stay its other end, and it ends when they
+    are closed.
     """
     iff_tap, iff_no_pi, iff_vnet_hdr, iff_multi_queue, tunsetiff = 0x0002, 0x1000, 0x4000, 0x0100, 0x400454CA
     flags = iff_tap | iff_no_pi | iff_vnet_hdr | (iff_multi_queue if queues > 1 else 0)
@@ -148,7 +167,7 @@ def open_tap(name: str, *, queues: int = 1) -> tuple[int, ...]:
     return tuple(fds)
 
 
-# --- the machine --------------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,7 +190,9 @@ class Machine:
     nics: Sequence[Nic] = ()
     memory_mib: int = 1024
     cpus: int = 2
-    firmware: bool = True  # False: kernel and initrd go straight to QEMU, which saves ten seconds
+    firmware: bool = (
+        True  # False: kernel and initrd are given to QEMU, which saves the firmware's ten seconds
+    )
     iommu: bool = False  # True: vfio-pci in the guest; False: uio_pci_generic
     disk_gib: int = 4
     reboot: bool = False  # False: QEMU ends when the guest reboots, so that a panic is seen
@@ -207,9 +228,22 @@ class Machine:
         self.folder.mkdir(parents=True, exist_ok=True)
         overlay = self.folder / "disk.qcow2"
         overlay.unlink(missing_ok=True)
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b",
-                        str(self.image.resolve()),
-                        str(overlay), f"{self.disk_gib}G"], check=True)  # fmt: skip
+        subprocess.run(
+            [
+                "qemu-img",
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-F",
+                "raw",
+                "-b",
+                str(self.image.resolve()),
+                str(overlay),
+                f"{self.disk_gib}G",
+            ],
+            check=True,
+        )
         self.serial.write_bytes(b"")
         with contextlib.ExitStack() as undo:
             self._qmp, qmp_end = socket.socketpair()
@@ -218,14 +252,22 @@ class Machine:
                 undo.callback(ours.close)
             command = self._command(overlay, qmp_end.fileno(), ready_end.fileno())
             fds = [qmp_end.fileno(), ready_end.fileno(), *(fd for nic in self.nics for fd in nic.fds)]
-            words = " \\\n\t".join(map(_quoted, command))
-            started = "#!/bin/sh\n# how it was started; file descriptors are the starter's\n"
-            (self.folder / "qemu.sh").write_text(f"{started}exec {words}\n")
+            (self.folder / "qemu.sh").write_text(
+                "#!/bin/sh\n# how it was started; file descriptors are the starter's\nexec "
+                + " \\\n\t".join(map(_quoted, command))
+                + "\n"
+            )
             self.started = time.monotonic()
             with (self.folder / "qemu.log").open("wb") as log:
                 # A Ctrl-C is for us: we end QEMU, so it is in a session of its own.
-                self._process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, stdout=log,
-                                                 stderr=log, start_new_session=True)  # fmt: skip
+                self._process = subprocess.Popen(
+                    command,
+                    pass_fds=fds,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
             undo.callback(self._end_process)
             qmp_end.close()
             ready_end.close()
@@ -235,19 +277,42 @@ class Machine:
             self._undo = undo.pop_all()
 
     def _command(self, overlay: Path, qmp_fd: int, ready_fd: int) -> list[str]:
-        accelerator = ["-accel", "kvm", "-cpu", "host"] if kvm_works() else \
-            ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"]  # fmt: skip
+        accelerator = (
+            ["-accel", "kvm", "-cpu", "host"]
+            if kvm_works()
+            else ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"]
+        )
         command = [] if self.outlive_us else ["setpriv", "--pdeathsig", "KILL"]
         command += [
-            QEMU, "-name", self.folder.name,
-            "-M", "q35,hpet=off" + (",kernel-irqchip=split" if self.iommu else ""), *accelerator,
-            "-smp", str(self.cpus), "-m", str(self.memory_mib), "-nodefaults", "-no-user-config",
-            "-display", "none", "-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control",
-            "-chardev", f"file,id=serial,path={self.serial},append=on", "-serial", "chardev:serial",
-            "-global", "ICH9-LPC.disable_s3=1",
-            "-object", "rng-random,id=rng,filename=/dev/urandom",
-            "-device", "virtio-rng-pci,rng=rng,addr=0x10",
-        ]  # fmt: skip
+            QEMU,
+            "-name",
+            self.folder.name,
+            "-M",
+            "q35,hpet=off" + (",kernel-irqchip=split" if self.iommu else ""),
+            *accelerator,
+            "-smp",
+            str(self.cpus),
+            "-m",
+            str(self.memory_mib),
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-chardev",
+            f"socket,id=qmp,fd={qmp_fd}",
+            "-mon",
+            "chardev=qmp,mode=control",
+            "-chardev",
+            f"file,id=serial,path={self.serial},append=on",
+            "-serial",
+            "chardev:serial",
+            "-global",
+            "ICH9-LPC.disable_s3=1",
+            "-object",
+            "rng-random,id=rng,filename=/dev/urandom",
+            "-device",
+            "virtio-rng-pci,rng=rng,addr=0x10",
+        ]
         if not self.reboot:
             command.append("-no-reboot")
         if self.iommu:
@@ -255,22 +320,34 @@ class Machine:
         if self.firmware:
             variables = self.folder / "firmware-vars.fd"
             shutil.copyfile(FIRMWARE_VARS, variables)
-            command += ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE_CODE}",
-                        "-drive", f"if=pflash,format=raw,unit=1,file={variables}"]  # fmt: skip
+            command += [
+                "-drive",
+                f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE_CODE}",
+                "-drive",
+                f"if=pflash,format=raw,unit=1,file={variables}",
+            ]
         else:
             stem = self.image.with_suffix("")
             line = f"{kernel_command_line(Path(f'{stem}.efi'))} {EXTRA_COMMAND_LINE}"
             command += ["-kernel", f"{stem}.vmlinuz", "-initrd", f"{stem}.initrd", "-append", line]
         command += [
-            "-drive", f"if=none,id=disk,file={overlay},format=qcow2,discard=unmap,cache=unsafe",
-            "-device", "virtio-blk-pci,drive=disk,bootindex=1,addr=0x11",
-            "-device", "virtio-serial-pci,addr=0x12",
-            "-chardev", f"socket,id=ready,fd={ready_fd}",
-            "-device", f"virtserialport,chardev=ready,name={READY_PORT}",
-            "-netdev", "user,id=mgmt,restrict=on,hostfwd=tcp:127.0.0.1:0-:22",
-            "-device", f"virtio-net-pci,netdev=mgmt,mac={MANAGEMENT_MAC},addr=0x2,romfile=",
-            "-smbios", f"type=11,value=io.systemd.stub.kernel-cmdline-extra={EXTRA_COMMAND_LINE}",
-        ]  # fmt: skip
+            "-drive",
+            f"if=none,id=disk,file={overlay},format=qcow2,discard=unmap,cache=unsafe",
+            "-device",
+            "virtio-blk-pci,drive=disk,bootindex=1,addr=0x11",
+            "-device",
+            "virtio-serial-pci,addr=0x12",
+            "-chardev",
+            f"socket,id=ready,fd={ready_fd}",
+            "-device",
+            f"virtserialport,chardev=ready,name={READY_PORT}",
+            "-netdev",
+            "user,id=mgmt,restrict=on,hostfwd=tcp:127.0.0.1:0-:22",
+            "-device",
+            f"virtio-net-pci,netdev=mgmt,mac={MANAGEMENT_MAC},addr=0x2,romfile=",
+            "-smbios",
+            f"type=11,value=io.systemd.stub.kernel-cmdline-extra={EXTRA_COMMAND_LINE}",
+        ]
         if self.identity is not None:
             for name, text in self.identity.credentials().items():
                 encoded = base64.b64encode(text.encode()).decode()
@@ -365,8 +442,8 @@ class Machine:
         lines = [line for line in self.console().splitlines() if line.strip()][-20:]
         shown = "\n".join(f"    {line}" for line in lines) or "    (nothing at all)"
         return BootError(
-            f"{self.folder.name} did not get ready: {what}; "
-            f"the whole console is {self.serial}, its end:\n{shown}"
+            f"{self.folder.name} did not get ready: {what}; the whole console is {self.serial}, "
+            f"its end:\n{shown}"
         )
 
     # -- the end --
@@ -398,10 +475,28 @@ class Machine:
         assert self.identity is not None
         known = self.folder / "known_hosts"
         known.write_text(self.identity.known_hosts("127.0.0.1", self.ssh_port))
-        return ["ssh", "-q", "-F", "none", "-i", str(key), "-p", str(self.ssh_port), "-o",
-                f"UserKnownHostsFile={known}",
-                "-o", "StrictHostKeyChecking=yes", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes",
-                "-o", "ConnectTimeout=30", "root@127.0.0.1", *words]  # fmt: skip
+        return [
+            "ssh",
+            "-q",
+            "-F",
+            "none",
+            "-i",
+            str(key),
+            "-p",
+            str(self.ssh_port),
+            "-o",
+            f"UserKnownHostsFile={known}",
+            "-o",
+            "StrictHostKeyChecking=yes",
+            "-o",
+            "BatchMode=yes",
+            "-o",
+            "IdentitiesOnly=yes",
+            "-o",
+            "ConnectTimeout=30",
+            "root@127.0.0.1",
+            *words,
+        ]
 
     def ssh(self, key: Path, *words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -453,7 +548,7 @@ def one_boot_at_a_time(lock: Path = Path("/run/lock/dsnat-boot.lock")) -> Iterat
         yield
 
 
-# --- by hand ------------------------------------------------------------------------------------------------
+# --- by hand --------------------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace) -> int:
@@ -466,8 +561,15 @@ def run(options: argparse.Namespace) -> int:
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "make boot", "-f", str(key)], check=True
         )
     identity = make_identity("gateway", key.with_suffix(".pub").read_text(), management=MANAGEMENT_MAC)
-    machine = Machine(image, folder, identity, memory_mib=options.memory, cpus=options.cpus,
-                      firmware=not options.direct, iommu=options.iommu)  # fmt: skip
+    machine = Machine(
+        image,
+        folder,
+        identity,
+        memory_mib=options.memory,
+        cpus=options.cpus,
+        firmware=not options.direct,
+        iommu=options.iommu,
+    )
     with machine:
         how = "KVM" if kvm_works() else "emulated (TCG)"
         print(f"boot: QEMU is process {machine.pid}, {how}; console in {machine.serial}", flush=True)

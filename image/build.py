@@ -4,8 +4,8 @@ What happens, in order:
 
 1. needs are checked (root, tools, disk space), so that nothing dies half-way for a reason known at the start;
 2. a Debian 13 *tools tree* is made under .build/tools with mmdebstrap. It holds mkosi and everything mkosi
-   runs, so the versions on the build machine do not matter. Its packages come from the machine's own sources
-   (aptsources.py);
+   runs, so the versions on the build machine do not matter. Its packages come from the machine's own
+   sources (aptsources.py);
 3. mkosi builds the image out of mkosi.conf and image/, under .build/ only;
 4. beside the image: a zstd copy to publish, a block map to flash by, the package manifest, SHA256SUMS.
 
@@ -40,13 +40,13 @@ TOOLS = BUILD / "tools"
 RELEASE = "trixie"
 MKOSI_VERSION = "25.3"  # later versions only warn about unknown settings, and renamed some of ours
 
-# apt suggests far more; this is what mkosi 25 runs for this image, what flash.py needs, and an editor of ESPs
-# (mtools).
-TOOLS_PACKAGES = [
-    "apt", "bmap-tools", "ca-certificates", "cpio", "dosfstools", "e2fsprogs", "erofs-utils", "git-core",
-    "kmod", "libcryptsetup12", "libtss2-rc0t64", "mkosi", "mtools", "openssh-client", "sbsigntool",
-    "squashfs-tools", "systemd-boot-efi", "systemd-repart", "systemd-ukify", "xz-utils", "zstd",
-]  # fmt: skip
+# apt suggests far more; this is what mkosi 25 runs for this image, what flash.py needs, and an editor of
+# ESPs (mtools).
+TOOLS_PACKAGES = (
+    *("apt", "bmap-tools", "ca-certificates", "cpio", "dosfstools", "e2fsprogs", "erofs-utils", "git-core"),
+    *("kmod", "libcryptsetup12", "libtss2-rc0t64", "mkosi", "mtools", "openssh-client", "sbsigntool"),
+    *("squashfs-tools", "systemd-boot-efi", "systemd-repart", "systemd-ukify", "xz-utils", "zstd"),
+)
 
 # What the image is made of. A test or a README may change without a new image.
 INPUTS = (
@@ -75,7 +75,9 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Paths:
-    """Where one profile keeps its results. Profiles share no caches: mkosi would evict one for the other."""
+    """Where one profile keeps its results. Profiles do not share caches: mkosi would evict one for the
+    other.
+    """
 
     profile: str
 
@@ -108,7 +110,7 @@ def image_path(profile: str = "cloud") -> Path:
     return Paths(profile).output / f"gateway_{version()}.raw"
 
 
-# --- needs --------------------------------------------------------------------------------------------------
+# --- needs ----------------------------------------------------------------------------------------
 
 
 def check_needs() -> None:
@@ -138,7 +140,7 @@ def check_needs() -> None:
         )
 
 
-# --- running things -----------------------------------------------------------------------------------------
+# --- running things -------------------------------------------------------------------------------
 
 
 def run_logged(
@@ -187,8 +189,8 @@ def run_logged(
 
 
 def tool(*argv: str) -> list[str]:
-    """The command line of a program in the tools tree, run in place with the tree's own libraries: no chroot,
-    no mount.
+    """The command line of a program in the tools tree, run in place with the tree's own libraries: no
+    chroot, no mount.
     """
     libraries = TOOLS / "usr/lib/x86_64-linux-gnu"
     loader = [
@@ -199,7 +201,7 @@ def tool(*argv: str) -> list[str]:
     return [*loader, str(TOOLS / "usr/bin" / argv[0]), *argv[1:]]
 
 
-# --- the tools tree -----------------------------------------------------------------------------------------
+# --- the tools tree -------------------------------------------------------------------------------
 
 
 def ensure_tools(log: Path) -> None:
@@ -210,10 +212,7 @@ def ensure_tools(log: Path) -> None:
     write_sandbox(sources)
     if stamp.exists() and stamp.read_text().strip() == wanted:
         return
-    say(
-        f"making the tools tree {TOOLS.relative_to(ROOT)} "
-        f"({len(TOOLS_PACKAGES)} Debian 13 packages and what they need)"
-    )
+    say(f"making the tools tree {TOOLS.relative_to(ROOT)}: mkosi and what it runs, from Debian 13")
     start = time.monotonic()
     fresh = BUILD / f"tools.{os.getpid()}"
     command = ["mmdebstrap", "--variant=apt", "--mode=auto", "--architectures=amd64", f"--keyring={KEYRING}"]
@@ -246,7 +245,7 @@ def write_sandbox(sources: list[Source]) -> None:
     (apt / "apt.conf.d/90-machine").write_text("\n".join([*transport_options(), ""]))
 
 
-# --- the image ----------------------------------------------------------------------------------------------
+# --- the image ------------------------------------------------------------------------------------
 
 
 def input_files() -> Iterator[Path]:
@@ -258,7 +257,9 @@ def input_files() -> Iterator[Path]:
 
 
 def inputs_hash(profile: str) -> str:
-    """Content, names and execute bits of all that goes in. Not the packages: --force asks for new ones."""
+    """Content, names and execute bits of all that goes in. Not the packages: --force asks the archive
+    again.
+    """
     digest = hashlib.sha256(f"{profile}\n{RELEASE}\n{TOOLS_PACKAGES}\n".encode())
     for path in input_files():
         digest.update(f"{path.relative_to(ROOT)} {os.access(path, os.X_OK)}\n".encode())
@@ -300,13 +301,21 @@ def mkosi_command(profile: str, *verb: str) -> list[str]:
     for folder in (paths.output, caches / "trees", caches / "build", packages):
         folder.mkdir(parents=True, exist_ok=True)
     return [
-        "/usr/bin/python3", "-m", "mkosi", f"--directory={workspace()}", f"--tools-tree={TOOLS}",
-        f"--build-sources={ROOT / 'dataplane'}:dataplane", f"--build-sources={ROOT / 'provision'}:provision",
-        f"--sandbox-tree={BUILD / 'sandbox'}", f"--output-directory={paths.output}",
-        f"--cache-directory={caches / 'trees'}", f"--build-dir={caches / 'build'}",
+        "/usr/bin/python3",
+        "-m",
+        "mkosi",
+        f"--directory={workspace()}",
+        f"--tools-tree={TOOLS}",
+        f"--build-sources={ROOT / 'dataplane'}:dataplane",
+        f"--build-sources={ROOT / 'provision'}:provision",
+        f"--sandbox-tree={BUILD / 'sandbox'}",
+        f"--output-directory={paths.output}",
+        f"--cache-directory={caches / 'trees'}",
+        f"--build-dir={caches / 'build'}",
         f"--package-cache-dir={packages}",
-        *(["--profile", profile] if profile != "cloud" else []), *verb,
-    ]  # fmt: skip
+        *(["--profile", profile] if profile != "cloud" else []),
+        *verb,
+    ]
 
 
 def mkosi_env() -> dict[str, str]:
@@ -337,10 +346,15 @@ def sha256(path: Path) -> str:
 
 
 def publish(paths: Paths) -> list[str]:
-    """Beside the image: what one downloads (zstd), flashes by (block map), checks both with (SHA256SUMS)."""
+    """Beside the image: what one downloads (zstd), flashes by (block map), and checks both with
+    (SHA256SUMS).
+    """
     image = image_path(paths.profile)
     subprocess.run(["zstd", "--quiet", "--force", "-6", "-T0", str(image), "-o", f"{image}.zst"], check=True)
     stem = image.name.removesuffix(".raw")
+    subprocess.run(
+        ["bmaptool", "--quiet", "create", "-o", str(image.with_suffix(".bmap")), str(image)], check=True
+    )
     files = sorted(
         path
         for path in paths.output.iterdir()

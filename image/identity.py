@@ -1,9 +1,9 @@
 """Who a gateway is: host name, management interface, SSH host key, authorised keys.
 
 An identity is made before the gateway first boots, and the public half of its host key goes where its
-operator looks it up, so nobody ever has to trust a key on first use. It reaches the gateway as systemd system
-credentials: SMBIOS strings for a virtual machine (boot.py), files on the ESP for a disk (flash.py). The names
-are systemd's own where it has one (system.hostname, network.*, ssh.authorized_keys.root);
+operator looks it up, so nobody ever has to trust a key on first use. It reaches the gateway as systemd
+system credentials: SMBIOS strings for a virtual machine (boot.py), files on the ESP for a disk (flash.py).
+The names are systemd's own where it has one (system.hostname, network.*, ssh.authorized_keys.root);
 /usr/lib/dsnat/identity in the image reads the rest.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Identity:
-    """`host_key` is an OpenSSH private key; `management` is the MAC of the management NIC; `address` with its
-    prefix length, or empty for DHCP.
+    """`host_key` is an OpenSSH private key; `management` is the MAC of the management NIC; `address` with
+    its prefix length, or empty for DHCP.
     """
 
     hostname: str
