@@ -36,6 +36,7 @@
 
 #include "ctl/config.h"
 #include "ctl/facts.h"
+#include "ctl/pcp_server.h"
 #include "ctl/route.h"
 #include "ctl/socket.h"
 #include "io/announce.h"
@@ -111,6 +112,9 @@ struct daemon {
 	struct memory sessions, *engine_memory;
 	struct nat_table *table;
 	struct socket_server *socket;
+	const struct request_ops *ops;
+	const struct plan *port_control_failed; /* said once per configuration */
+	struct pcp_server *port_control;        /* NULL: off */
 	struct announce announce;
 	uint64_t connected; /* digest of the prefixes that announcements were made for */
 	int epoll_fd, signal_fd, tick_fd, announce_fd;
@@ -119,7 +123,7 @@ struct daemon {
 	bool stop;
 };
 
-enum source { SIGNALS, TICK, ROUTES, CLIENTS, ANNOUNCE };
+enum source { SIGNALS, TICK, ROUTES, CLIENTS, ANNOUNCE, PORT_CONTROL };
 
 static void say(const char *sentence)
 {
@@ -439,11 +443,40 @@ static void watchdog(struct daemon *d)
 		say("a worker makes no rounds");
 }
 
+static bool watch(struct daemon *d, int fd, enum source source)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.u32 = source};
+
+	return fd >= 0 && !epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, fd, &event);
+}
+
+/* The port is open only while the configuration wants it; that may change with a reload. */
+static void follow_port_control(struct daemon *d)
+{
+	const bool wanted = d->plan->config->nat.port_control;
+	char why[256];
+
+	if (wanted == (d->port_control != NULL) || (wanted && d->port_control_failed == d->plan))
+		return;
+	if (!wanted) {
+		pcp_close(d->port_control);
+		d->port_control = NULL;
+		return;
+	}
+	d->port_control = pcp_open(d->ops, why, sizeof why);
+	if (d->port_control && watch(d, pcp_fd(d->port_control), PORT_CONTROL))
+		return;
+	d->port_control_failed = d->plan;
+	if (!d->port_control)
+		say(why);
+}
+
 static void tick(struct daemon *d)
 {
 	static unsigned n; /* ten a second */
 	uint64_t ignored;
 
+	follow_port_control(d);
 	(void)!read(d->tick_fd, &ignored, sizeof ignored);
 	links(d);
 	free_retired(d);
@@ -467,13 +500,6 @@ static void signals(struct daemon *d)
 	}
 }
 
-static bool watch(struct daemon *d, int fd, enum source source)
-{
-	struct epoll_event event = {.events = EPOLLIN, .data.u32 = source};
-
-	return fd >= 0 && !epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, fd, &event);
-}
-
 static void wait_and_serve(struct daemon *d)
 {
 	struct epoll_event event[8];
@@ -495,6 +521,10 @@ static void wait_and_serve(struct daemon *d)
 			break;
 		case ANNOUNCE:
 			announce_tick(d);
+			break;
+		case PORT_CONTROL:
+			if (d->port_control)
+				pcp_serve(d->port_control);
 			break;
 		}
 }
@@ -611,6 +641,7 @@ static enum status open_socket(struct daemon *d, struct request_ops *ops)
 	if (!strcmp(d->options.socket, DEFAULT_SOCKET))
 		(void)mkdir("/run/dsnatd", 0755);
 	*ops = request_ops(d);
+	d->ops = ops;
 	d->socket = socket_open(d->options.socket, ops, why, sizeof why);
 	return d->socket ? STOPPED : fail(IN_USE, why);
 }
@@ -680,6 +711,7 @@ static void stop(struct daemon *d)
 	}
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		atomic_store(&d->workers[w].thread.passed, UINT64_MAX);
+	pcp_close(d->port_control);
 	if (d->socket)
 		socket_close(d->socket);
 	route_close(d->route);

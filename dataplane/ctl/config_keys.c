@@ -601,17 +601,31 @@ static void set_defaults(struct nat_config *nat, struct nat_pool_config *pool, b
 
 void config_keys(struct config *config, const struct node *root, struct places *places, unsigned flags)
 {
-	enum { PROFILE, ENGINE, INTERFACES, POOLS, ZONES, STATIC, LIMITS, TIMEOUTS, MIDFLOW, REFUSAL, OTHER };
+	enum {
+		PROFILE,
+		ENGINE,
+		INTERFACES,
+		POOLS,
+		ZONES,
+		STATIC,
+		LIMITS,
+		TIMEOUTS,
+		MIDFLOW,
+		REFUSAL,
+		OTHER,
+		CONTROL
+	};
 	static const struct key keys[] = {
 		[PROFILE] = {"profile", false},       [ENGINE] = {"engine", false},
 		[INTERFACES] = {"interfaces", true},  [POOLS] = {"pools", false},
 		[ZONES] = {"zones", false},           [STATIC] = {"static", false},
 		[LIMITS] = {"limits", false},         [TIMEOUTS] = {"timeouts", false},
 		[MIDFLOW] = {"tcp_midflow", false},   [REFUSAL] = {"refusal", false},
-		[OTHER] = {"other_protocols", false},
+		[OTHER] = {"other_protocols", false}, [CONTROL] = {"port_control", false},
 	};
 	static const char *const profiles[] = {"default", "dsnat"};
 	static const char *const other_words[] = {"drop", "pass"};
+	static const char *const switch_words[] = {"off", "on"};
 	const struct node *value[COUNT(keys)];
 	struct nat_pool_config pool;
 	unsigned word = 0;
@@ -633,6 +647,9 @@ void config_keys(struct config *config, const struct node *root, struct places *
 		config->nat.tcp_midflow = (enum nat_midflow)word;
 	if (config_read_word(config, value[OTHER], "other_protocols", other_words, COUNT(other_words), &word))
 		config->nat.pass_other_protocols = word == 1;
+	if (config_read_word(config, value[CONTROL], "port_control", switch_words, COUNT(switch_words),
+			     &word))
+		config->nat.port_control = word == 1;
 	if (config_read_word(config, value[REFUSAL], "refusal", refusal_words, COUNT(refusal_words), &word))
 		config->nat.refusal = (enum nat_refusal)word;
 }

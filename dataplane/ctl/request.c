@@ -260,8 +260,8 @@ static json_t *dispatch(struct request_context *c)
 	static const struct {
 		const char *cmd;
 		json_t *(*answer)(struct request_context *c);
-	} cmds[] = {{"show", show},     {"clear", request_clear}, {"plan", request_plan},
-		    {"reload", reload}, {"status", status},       {"version", version}};
+	} cmds[] = {{"show", show},     {"clear", request_clear}, {"plan", request_plan}, {"reload", reload},
+		    {"status", status}, {"version", version},     {"pcp", request_pcp}};
 	const char *cmd;
 
 	if (!json_is_object(c->request))

@@ -214,7 +214,7 @@ def test_every_error_is_told_at_once_and_in_order(check: Check) -> None:
         (
             GOOD + "more: 1\n",
             '18:1: unknown key "more" in the file; its keys are profile, engine, interfaces, pools, '
-            "zones, static, limits, timeouts, tcp_midflow, refusal and other_protocols",
+            "zones, static, limits, timeouts, tcp_midflow, refusal, other_protocols and port_control",
         ),
     ],
 )
