@@ -33,10 +33,9 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,55 +212,38 @@ def erase_ends(disk: Disk) -> None:
 
 
 def write(image: Path, block_map: BlockMap, disk: Disk) -> None:
+    """bmaptool writes; how far it is we ask the kernel (its own progress pipe is broken in Debian 12)."""
     progress = Progress("writing", block_map.mapped_bytes)
     erase_ends(disk)
-    with tempfile.TemporaryDirectory(prefix="dsnat-flash-") as folder:
-        pipe = Path(folder) / "progress"
-        os.mkfifo(pipe)
-        # bmaptool opens the pipe without waiting, so our end must be open first, and for both directions
-        # not to see an end.
-        reader = os.fdopen(os.open(pipe, os.O_RDWR), "r")
-        command = [
-            "bmaptool",
-            "--quiet",
-            "copy",
-            "--bmap",
-            str(block_map.path),
-            "--psplash-pipe",
-            str(pipe),
-            str(image),
-            str(disk.path),
-        ]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            follower = threading.Thread(
-                target=follow,
-                args=(reader, lambda p: progress(p * block_map.mapped_bytes // 100)),
-                daemon=True,
-            )
-            follower.start()
-            try:
-                said = process.communicate()[0]
-            except BaseException:
-                process.terminate()
-                raise
-            finally:
-                os.write(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), b"QUIT\n")
-                follower.join(5)
+    command = ["bmaptool", "--quiet", "copy", "--bmap", str(block_map.path), str(image), str(disk.path)]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as process,
+    ):
+        try:
+            while process.poll() is None:
+                progress(min(written(process.pid), block_map.mapped_bytes - 1))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+        except BaseException:
+            process.terminate()
+            raise
+        log.seek(0)
+        said = log.read().strip().splitlines()
     if process.returncode != 0:
-        reason = (said.strip().splitlines() or ["no reason given"])[-1]
         raise FlashError(
-            f"bmaptool could not write {disk.path}: {reason}; the disk does not boot now, run this again"
+            f"bmaptool could not write {disk.path}: {said[-1] if said else 'it gave no reason'}; "
+            "the disk does not boot now, run this again"
         )
+    progress(block_map.mapped_bytes)
 
 
-def follow(pipe: Any, progress: Callable[[int], None]) -> None:
-    for line in pipe:
-        if line.startswith("QUIT"):
-            return
-        if match := re.match(r"PROGRESS (\d+)", line):
-            progress(int(match[1]))
+def written(pid: int) -> int:
+    """Bytes that a process has handed to write() so far."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"^wchar: (\d+)$", Path(f"/proc/{pid}/io").read_text(), re.MULTILINE)
+        return int(match[1]) if match else 0
+    return 0
 
 
 def compare(block_map: BlockMap, disk: Disk) -> None:
