@@ -119,7 +119,7 @@ def program(
     """Runs one of our own tools with its output in `log`; lines that start with `relay` are shown, too."""
     tail: deque[str] = deque(maxlen=15)
     with (
-        log.open("w") as sink,
+        log.open("w", buffering=1) as sink,
         subprocess.Popen(
             argv,
             cwd=ROOT,
