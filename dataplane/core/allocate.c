@@ -30,10 +30,11 @@ static bool in_service(const struct nat_engine *e, uint32_t address)
 	return !e->policy->address[address].draining && !e->policy->address[address].reserved;
 }
 
-static uint32_t starting_turn(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool)
+/* The turn to start with; round robin moves the cursor on. */
+static uint32_t starting_turn(const struct nat_engine *e, const struct nat_pkt *pkt,
+			      const struct nat_pool *pool, uint32_t *cursor)
 {
 	if (pool->select == NAT_SELECT_ROUND_ROBIN) {
-		uint32_t *cursor = &e->notes->zone[pkt->zone].cursor;
 		uint32_t turn = *cursor;
 		*cursor = turn + 1 == pool->n_order ? 0 : turn + 1;
 		return turn;
@@ -108,7 +109,7 @@ static enum nat_reason choose(struct nat_engine *e, const struct nat_pkt *pkt, c
 
 	if (pool->n_hosts != 0)
 		return choose_by_arithmetic(e, pkt, pool, choice);
-	uint32_t turn = starting_turn(e, pkt, pool);
+	uint32_t turn = starting_turn(e, pkt, pool, &e->notes->zone[pkt->zone].cursor);
 	for (uint32_t tried = 0; tried < pool->n_order; tried++) {
 		const uint32_t address = turns[turn];
 		turn = turn + 1 == pool->n_order ? 0 : turn + 1;
@@ -540,12 +541,90 @@ bool nat_engine_public_address(struct nat_engine *e, uint32_t host_be, uint32_t 
 	const struct nat_pkt pkt = {.zone = zone_number, .tuple = {.local_be = host_be}};
 	if (pool->mapping != NAT_ENDPOINT_INDEPENDENT || pool->select != NAT_SELECT_PAIRED)
 		return false;
-	*address_be = e->policy->address[turns_of(e, pool)[starting_turn(e, &pkt, pool)]].address_be;
+	*address_be =
+		e->policy
+			->address[turns_of(
+				e, pool)[starting_turn(e, &pkt, pool, &e->notes->zone[pkt.zone].cursor)]]
+			.address_be;
 	return true;
+}
+
+/* ---- before the first of a burst: fetch what all of them will touch ---- */
+
+static bool is_new_from_inside(const struct nat_pkt *pkt)
+{
+	return !pkt->settled && pkt->session == NAT_NO_SESSION && !nat_is_inbound(pkt) &&
+	       !(pkt->stage_flags & NAT_STAGE_ICMP_ERROR);
+}
+
+static const struct nat_pool *pool_of(const struct nat_engine *e, const struct nat_pkt *pkt)
+{
+	return &e->policy->pool[e->policy->zone[pkt->zone].config.pool];
+}
+
+static uint64_t fetch_bucket(const struct nat_engine *e, const struct nat_tuple *tuple)
+{
+	const uint64_t hash = nat_tuple_hash(&e->index.key, tuple);
+	NAT_PREFETCH(nat_index_bucket(&e->index, hash));
+	return hash;
+}
+
+/* An entry that finds its first bucket full goes to the other one. */
+static void fetch_other_bucket(const struct nat_engine *e, uint64_t hash)
+{
+	const struct nat_bucket *bucket = nat_index_bucket(&e->index, hash);
+	const uint32_t number = (uint32_t)(bucket - e->index.bucket);
+
+	if (NAT_UNLIKELY(!nat_bucket_ways(bucket, 0)))
+		NAT_PREFETCH(&e->index.bucket[nat_index_alternate(&e->index, number, nat_index_tag(hash))]);
+}
+
+/* A session waits for three lines: its host, the bucket of its outside tuple, its record. The outside tuple is
+ * not chosen yet, but can be told beforehand: cursors step by one and random numbers are those of a counter.
+ * Where that is wrong (a port was taken, a packet was refused) a line was fetched for nothing. */
+static void fetch_ahead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	uint32_t at[NAT_BURST_MAX], n_new = 0;
+	uint64_t hash[NAT_BURST_MAX];
+
+	for (uint32_t i = 0; i < n; i++)
+		if (is_new_from_inside(&pkt[i]))
+			at[n_new++] = i;
+	if (n_new < 2) /* nothing to wait for together */
+		return;
+	nat_session_fetch_free(e, n_new);
+	for (uint32_t i = 0; i < n_new; i++) {
+		struct nat_tuple mapping = pkt[at[i]].tuple;
+		struct nat_zone_note *note = &e->notes->zone[pkt[at[i]].zone];
+		note->forecast = note->cursor;
+		nat_host_fetch(e, mapping.local_be);
+		fetch_other_bucket(e, pkt[at[i]].hash);
+		if (pool_of(e, &pkt[at[i]])->mapping == NAT_ENDPOINT_DEPENDENT)
+			continue;
+		mapping.remote_be = 0;
+		mapping.remote_port_be = 0;
+		fetch_bucket(e, &mapping);
+	}
+	for (uint32_t i = 0; i < n_new; i++) {
+		const struct nat_pkt *p = &pkt[at[i]];
+		const struct nat_pool *pool = pool_of(e, p);
+		hash[i] = p->hash;
+		if (pool->n_blocks != 0 || pool->n_hosts != 0 || pool->n_order == 0)
+			continue; /* the host's own ports: few, and near each other */
+		const uint32_t turn = starting_turn(e, p, pool, &e->notes->zone[p->zone].forecast);
+		struct nat_tuple outside = wanted_tuple(e, p, pool, turns_of(e, pool)[turn]);
+		outside.local_port_be =
+			nat_port_forecast(e, i, pool->port_first, pool->port_last,
+					  pool->mapping == NAT_ENDPOINT_INDEPENDENT, p->tuple.local_port_be);
+		hash[i] = fetch_bucket(e, &outside);
+	}
+	for (uint32_t i = 0; i < n_new; i++)
+		fetch_other_bucket(e, hash[i]);
 }
 
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
+	fetch_ahead(e, pkt, n);
 	for (uint32_t i = 0; i < n; i++) {
 		if (pkt[i].settled || pkt[i].session != NAT_NO_SESSION)
 			continue;

@@ -175,8 +175,8 @@ bool nat_engine_event(struct nat_engine *e, struct nat_event *event)
 /* ---- memory ---- */
 
 struct layout {
-	size_t buckets, portsets, hosts, frags, total;
-	uint32_t n_buckets, n_hosts;
+	size_t buckets, free_records, portsets, hosts, frags, total;
+	uint32_t n_buckets, n_free_records, n_hosts;
 };
 
 static size_t lines(size_t bytes)
@@ -192,7 +192,9 @@ static struct layout lay_out(const struct nat_engine_params *params)
 	l.n_buckets = (uint32_t)nat_index_buckets(params->max_sessions);
 	l.n_hosts = hosts > (1u << 20) ? 1u << 20 : (uint32_t)hosts;
 	l.buckets = lines(sizeof(struct nat_engine));
-	l.portsets = l.buckets + lines(l.n_buckets * sizeof(struct nat_bucket));
+	l.n_free_records = (uint32_t)params->max_sessions + NAT_CHUNK;
+	l.free_records = l.buckets + lines(l.n_buckets * sizeof(struct nat_bucket));
+	l.portsets = l.free_records + lines(l.n_free_records * sizeof(uint32_t));
 	l.hosts = l.portsets + lines(nat_portsets_size(params->max_sessions));
 	l.frags = l.hosts + lines(l.n_hosts * sizeof(struct nat_host));
 	l.total = l.frags + lines(nat_frags_size(params->policy));
@@ -232,7 +234,8 @@ struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *pa
 	e->worker = params->worker;
 	e->n_workers = params->n_workers;
 	e->records_left = params->max_sessions;
-	e->free_record = NAT_NO_RECORD;
+	e->free_record = (uint32_t *)(void *)((uint8_t *)mem + l.free_records);
+	e->free_room = l.n_free_records;
 	e->index = (struct nat_index){.bucket = (struct nat_bucket *)(void *)((uint8_t *)mem + l.buckets),
 				      .n_buckets = l.n_buckets,
 				      .key = nat_key_from_seed(params->seed, 'i'),

@@ -117,7 +117,8 @@ struct nat_engine {
 	uint32_t worker, n_workers;
 	uint32_t timeout_s[NAT_TIMER_COUNT];
 	struct nat_index index;
-	uint32_t free_record;
+	uint32_t *free_record; /* the last one is taken first: it is the one still in the cache */
+	uint32_t n_free, free_room;
 	uint32_t n_records;    /* the table's */
 	uint64_t records_left; /* of params.max_sessions */
 	struct nat_world world;
@@ -209,6 +210,8 @@ uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, u
 
 /* Fills a new record, puts it under both tuples and on the wheel. NAT_NO_RECORD: table or index is full. */
 uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want);
+/* Prefetches the records that the next n sessions will get. */
+void nat_session_fetch_free(const struct nat_engine *e, uint32_t n);
 void nat_session_end(struct nat_engine *e, uint32_t record);
 
 /* The mapping that a session of an endpoint-independent pool stands under, or NAT_NO_RECORD. */
@@ -284,6 +287,8 @@ void nat_frags_age(struct nat_engine *e);
 /* May this host have one more session? The reason if not. */
 enum nat_reason nat_host_admit(struct nat_engine *e, uint32_t address_be);
 void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be);
+/* Prefetches what the two above will look at. */
+void nat_host_fetch(const struct nat_engine *e, uint32_t address_be);
 void nat_host_remove(struct nat_engine *e, uint32_t address_be);
 
 /* The public address that this host's sessions use, 0 if it has none. */

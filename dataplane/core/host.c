@@ -12,6 +12,11 @@ static uint32_t home(const struct nat_engine *e, uint32_t address_be)
 	return nat_scale32((uint32_t)nat_hash64(&e->index.key, address_be, 1), e->hosts.n_slots);
 }
 
+void nat_host_fetch(const struct nat_engine *e, uint32_t address_be)
+{
+	NAT_PREFETCH(&e->hosts.slot[home(e, address_be)]);
+}
+
 static uint32_t next_slot(const struct nat_engine *e, uint32_t slot)
 {
 	return slot + 1 == e->hosts.n_slots ? 0 : slot + 1;

@@ -1,4 +1,4 @@
-/* The index finds what was put in and nothing else, at 85 % of its room, after any mix of insertions and
+/* The index finds what was put in and nothing else, as full as it gets, after any mix of insertions and
  * removals. */
 #include <assert.h>
 

@@ -239,8 +239,8 @@ static uint16_t take_pattern(struct nat_engine *e, struct nat_portset *set, cons
 				return 0;
 			if (!has_bit(set->known, word))
 				learn_word(e, set, word, outside);
-			const uint64_t open = ~set->taken[word] & pattern &
-					      ports_in_range(word, span.first, span.last);
+			const uint64_t open =
+				~set->taken[word] & pattern & ports_in_range(word, span.first, span.last);
 			if (open)
 				return take_from_word(set, word, open, chance);
 		}
@@ -264,20 +264,37 @@ static uint16_t take_from_set(struct nat_engine *e, struct nat_portset *set, con
 
 /* ---- the two ways ---- */
 
+/* 0: the drawn port has the wrong parity, and the one beside it is not ours. */
+static uint32_t port_by(uint32_t chance, struct span span, bool parity, uint16_t like_be)
+{
+	uint32_t port = span.first + nat_scale32(chance, (uint32_t)span.last - span.first + 1);
+
+	if (parity && ((port ^ NAT_NTOH16(like_be)) & 1)) {
+		port ^= 1;
+		if (port < span.first || port > span.last)
+			return 0;
+	}
+	return port;
+}
+
+uint16_t nat_port_forecast(const struct nat_engine *e, uint32_t ahead, uint16_t first, uint16_t last,
+			   bool alike, uint16_t like_be)
+{
+	const struct span all = {first, last}, span = alike ? class_of(all, like_be) : all;
+	const uint64_t chance = nat_sip64(&e->random.key, e->random.counter + ahead);
+	return NAT_HTON16(port_by((uint32_t)chance, span, alike, like_be));
+}
+
 static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, struct span span, bool parity,
 		     uint16_t like_be)
 {
-	const uint32_t n_ports = (uint32_t)span.last - span.first + 1;
 	uint64_t chance = 0;
 
 	for (uint32_t probe = 0; probe < NAT_PORT_PROBES; probe++) {
 		chance = probe % 2 == 0 ? nat_random_next(&e->random) : chance >> 32;
-		uint32_t port = span.first + nat_scale32((uint32_t)chance, n_ports);
-		if (parity && ((port ^ NAT_NTOH16(like_be)) & 1)) {
-			port ^= 1;
-			if (port < span.first || port > span.last)
-				continue;
-		}
+		const uint32_t port = port_by((uint32_t)chance, span, parity, like_be);
+		if (port == 0)
+			continue;
 		outside->local_port_be = NAT_HTON16(port);
 		if (is_forwarded(e, outside, outside->local_port_be))
 			continue;

@@ -59,6 +59,11 @@ void nat_portsets_forget(struct nat_engine *e);
 uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
 		       bool alike, uint16_t like_be, bool *tracked);
 
+/* The port that the next call but `ahead` will look at first, if those before it take the first one they look
+ * at. Changes nothing. */
+uint16_t nat_port_forecast(const struct nat_engine *e, uint32_t ahead, uint16_t first, uint16_t last,
+			   bool alike, uint16_t like_be);
+
 /* The record's port is free again; for records with NAT_RECORD_TRACKED. */
 void nat_port_release(struct nat_engine *e, const struct nat_session *s);
 

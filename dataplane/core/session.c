@@ -119,8 +119,9 @@ void nat_table_bind(struct nat_table *table, struct nat_policy *policy)
 
 static void give_back(struct nat_engine *e, uint32_t record)
 {
-	e->record[record].next = e->free_record;
-	e->free_record = record;
+	/* More than this worker may use: after a restart with more workers one can own too many. */
+	if (e->n_free < e->free_room)
+		e->free_record[e->n_free++] = record;
 }
 
 static bool lease_chunk(struct nat_engine *e)
@@ -134,6 +135,12 @@ static bool lease_chunk(struct nat_engine *e)
 	for (uint32_t i = NAT_CHUNK; i-- > 0;)
 		give_back(e, chunk * NAT_CHUNK + i);
 	return true;
+}
+
+void nat_session_fetch_free(const struct nat_engine *e, uint32_t n)
+{
+	for (uint32_t i = 1; i <= n && i <= e->n_free; i++)
+		NAT_PREFETCH(&e->record[e->free_record[e->n_free - i]]);
 }
 
 /* ---- making and ending ---- */
@@ -231,22 +238,20 @@ static bool index_both(struct nat_engine *e, uint32_t record)
 
 uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want)
 {
-	if (e->records_left == 0 || (e->free_record == NAT_NO_RECORD && !lease_chunk(e)))
+	if (e->records_left == 0 || (e->n_free == 0 && !lease_chunk(e)))
 		return NAT_NO_RECORD;
-	const uint32_t record = e->free_record;
+	const uint32_t record = e->free_record[e->n_free - 1];
 	struct nat_session *s = &e->record[record];
-	const uint32_t next_free = s->next;
 	struct nat_session fill = *want;
 
 	fill.timer = NAT_TIMER_FREE;
 	fill.worker = (uint8_t)e->worker;
 	fill.created_s = fill.last_seen_s = e->now_s;
 	fill.slot = NAT_OFF_WHEEL;
-	fill.next = next_free;
 	*s = fill;
 	if (!index_both(e, record))
 		return NAT_NO_RECORD;
-	e->free_record = next_free;
+	e->n_free--;
 	e->records_left--;
 	/* From here on the record counts, also for a process that comes after this one. */
 	atomic_signal_fence(memory_order_release);

@@ -68,7 +68,7 @@ static void test_restart(enum nat_mapping_kind mapping)
 		out_port[i] = nat_read16(bytes + 20);
 	}
 	/* A process that died while it filled a record leaves it free. */
-	t.e->record[t.e->free_record].inside.local_be = 77;
+	t.e->record[t.e->free_record[t.e->n_free - 1]].inside.local_be = 77;
 	testbed_stop(&t, true);
 	assert(testbed_start(&t, 2 * SECOND_NS));
 	assert(live(&t) == N);

@@ -125,7 +125,7 @@ double measure_core_per_tsc(void); /* core cycles in one TSC cycle, right now */
 /* One window each. */
 double measure_packets(struct load *load, uint8_t iface, uint32_t n_rings);
 double measure_new_sessions(struct load *load, uint32_t sessions);
-void measure_stages(struct load *load, uint8_t iface, uint32_t n_rings, double stage[STAGE_COUNT]);
+void measure_stages(struct load *load, uint8_t iface, bool new, uint32_t n_rings, double stage[STAGE_COUNT]);
 /* Everything expires; several windows come of it. */
 void measure_expiry(struct load *load, struct figure *figure);
 

@@ -73,21 +73,23 @@ static void print_memory(uint64_t sessions, const struct load *load)
 	       sizeof(struct nat_session));
 }
 
-static void print_stages(const struct options *options, struct load *load, uint8_t iface)
+static void print_stages(const struct options *options, struct load *load, uint8_t iface, bool new)
 {
 	static struct figure stage[STAGE_COUNT];
 
 	memset(stage, 0, sizeof(stage));
 	for (uint32_t window = 0; window < options->windows; window++) {
 		double one[STAGE_COUNT];
-		measure_stages(load, iface, options->rings, one);
+		measure_stages(load, iface, new, options->rings, one);
 		for (uint32_t i = 0; i < STAGE_COUNT; i++)
 			figure_add(&stage[i], one[i]);
 	}
 	for (uint32_t i = 0; i < STAGE_COUNT; i++) {
 		char what[64];
 		snprintf(what, sizeof(what), "stage.%s.%s", stage_name[i],
-			 iface == INSIDE ? "inside_to_outside" : "outside_to_inside");
+			 new               ? "new_session"
+			 : iface == INSIDE ? "inside_to_outside"
+					   : "outside_to_inside");
 		print_row(what, load, load->n_flows, &stage[i], "");
 	}
 }
@@ -117,8 +119,9 @@ static bool run_size(const struct options *options, uint8_t protocol, uint64_t s
 	if (new.n)
 		print_row("new_session", &load, sessions, &new, "");
 	if (wanted(options, "stages")) {
-		print_stages(options, &load, INSIDE);
-		print_stages(options, &load, OUTSIDE);
+		print_stages(options, &load, INSIDE, false);
+		print_stages(options, &load, OUTSIDE, false);
+		print_stages(options, &load, INSIDE, true);
 	}
 	if (wanted(options, "expiry") && sessions >= 10000) {
 		measure_expiry(&load, &expiry);

@@ -152,43 +152,61 @@ double measure_new_sessions(struct load *load, uint32_t sessions)
 	return rings_median(&rings);
 }
 
-/* The stages of nat_engine_run(), in its order; reading the counter between them adds a cycle or two per
- * packet to each, so their sum is a little more than the whole. */
-void measure_stages(struct load *load, uint8_t iface, uint32_t n_rings, double stage[STAGE_COUNT])
+/* The stages of nat_engine_run(), in its order; reading the counter between them adds two cycles per packet to
+ * each, so their sum is more than the whole. */
+static void run_stages(struct load *load, uint32_t at, uint8_t iface, struct nat_pkt *pkt,
+		       uint64_t spent[STAGE_COUNT])
+{
+	struct nat_engine *e = load->engine;
+	uint64_t mark[STAGE_COUNT + 1];
+
+	mark[STAGE_PRESENT] = cycles();
+	load_present(load, at, iface, pkt);
+	mark[STAGE_AGE] = cycles();
+	nat_wheel_turn(e, 2 * BURST);
+	mark[STAGE_PARSE] = cycles();
+	nat_parse(pkt, BURST);
+	mark[STAGE_CLASSIFY] = cycles();
+	nat_classify(e, pkt, BURST);
+	mark[STAGE_LOOK_UP] = cycles();
+	nat_session_lookup(e, pkt, BURST);
+	mark[STAGE_ROUTE] = cycles();
+	nat_route(e, pkt, BURST);
+	mark[STAGE_ALLOCATE] = cycles();
+	nat_allocate(e, pkt, BURST);
+	mark[STAGE_REWRITE] = cycles();
+	nat_rewrite(e, pkt, BURST);
+	mark[STAGE_SEND] = cycles();
+	load_send(load, pkt);
+	mark[STAGE_COUNT] = cycles();
+	for (uint32_t i = 0; i < STAGE_COUNT; i++)
+		spent[i] += mark[i + 1] - mark[i];
+}
+
+void measure_stages(struct load *load, uint8_t iface, bool new, uint32_t n_rings, double stage[STAGE_COUNT])
 {
 	static struct rings rings[STAGE_COUNT];
-	struct nat_engine *e = load->engine;
+	static uint32_t record[RING];
 	struct nat_pkt pkt[BURST];
 
 	for (uint32_t i = 0; i < STAGE_COUNT; i++)
 		rings[i].n = 0;
 	for (uint32_t ring = 0; ring < n_rings; ring++) {
 		uint64_t spent[STAGE_COUNT] = {0};
-		load_ring(load, iface);
+
+		if (new)
+			for (uint32_t i = 0; i < RING; i++)
+				load_frame(load, i, load->n_flows + ring % (NEW_MAX / RING) * RING + i,
+					   INSIDE, true);
+		else
+			load_ring(load, iface);
 		for (uint32_t at = 0; at < RING; at += BURST) {
-			uint64_t mark[STAGE_COUNT + 1];
-			mark[STAGE_PRESENT] = cycles();
-			load_present(load, at, iface, pkt);
-			mark[STAGE_AGE] = cycles();
-			nat_wheel_turn(e, 2 * BURST);
-			mark[STAGE_PARSE] = cycles();
-			nat_parse(pkt, BURST);
-			mark[STAGE_CLASSIFY] = cycles();
-			nat_classify(e, pkt, BURST);
-			mark[STAGE_LOOK_UP] = cycles();
-			nat_session_lookup(e, pkt, BURST);
-			mark[STAGE_ROUTE] = cycles();
-			nat_route(e, pkt, BURST);
-			mark[STAGE_ALLOCATE] = cycles();
-			nat_allocate(e, pkt, BURST);
-			mark[STAGE_REWRITE] = cycles();
-			nat_rewrite(e, pkt, BURST);
-			mark[STAGE_SEND] = cycles();
-			load_send(load, pkt);
-			mark[STAGE_COUNT] = cycles();
-			for (uint32_t i = 0; i < STAGE_COUNT; i++)
-				spent[i] += mark[i + 1] - mark[i];
+			run_stages(load, at, iface, pkt, spent);
+			for (uint32_t i = 0; i < BURST; i++)
+				record[at + i] = pkt[i].session;
 		}
+		for (uint32_t i = 0; i < RING && new; i++)
+			nat_engine_clear(load->engine, record[i]);
 		for (uint32_t i = 0; i < STAGE_COUNT; i++)
 			rings_add(&rings[i], spent[i], RING);
 	}
