@@ -53,8 +53,8 @@ def _matching(pattern: str, what: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-_UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000}
-_DURATION = re.compile(r"(\d{1,9})(ms|s|m|h)")
+_UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_DURATION = re.compile(r"(\d{1,9})(ms|s|m|h|d)")
 
 
 def milliseconds(duration: str) -> int:
@@ -224,7 +224,7 @@ class Limits(Model):
 
 class Engine(Model):
     workers: Workers = "auto"
-    max_sessions: Annotated[int, Field(ge=1024, le=1_000_000_000)] = 4_000_000
+    max_sessions: Annotated[int, Field(ge=1024, le=1_000_000_000)] | None = None
 
 
 class Ssh(Model):
@@ -279,10 +279,35 @@ class User(Model):
     )
 
 
+class PoolRange(Model):
+    """Addresses of a pool. Written as text, or with a weight: so many turns for one of the others."""
+
+    range: Span
+    weight: Annotated[int, Field(ge=1, le=255)] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"range": value} if isinstance(value, str) else value
+
+
+_RANGE_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "properties": {"range": {"type": "string"}, "weight": {"type": "integer", "minimum": 1}},
+            "required": ["range"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
 class Pool(Model):
     """Public addresses; a pool belongs to one pair or one gateway."""
 
-    addresses: Annotated[tuple[Span, ...], Field(min_length=1)]
+    addresses: Annotated[tuple[Annotated[PoolRange, WithJsonSchema(_RANGE_SCHEMA)], ...], Field(min_length=1)]
     drain: tuple[Span, ...] = Field(default=(), description="addresses of the pool that take no new sessions")
     ports: Ports = "1024-65535"
     mapping: Literal["endpoint-dependent", "endpoint-independent"] | None = None
@@ -291,12 +316,16 @@ class Pool(Model):
     )
     select: Literal["round-robin", "paired"] | None = None
     announce: Literal["auto", "arp", "none"] | None = None
+    block_ports: Annotated[int, Field(ge=16, le=32768)] | None = None
+    blocks_per_host: Annotated[int, Field(ge=1, le=4096)] | None = None
+    deterministic: Prefix | None = None
+    dynamic_ports: Annotated[int, Field(ge=0, le=65535)] | None = None
     active_while: IPv4Address | None = Field(
         default=None, description="default: the first VRRP address, an outside one if there is one"
     )
 
     def spans(self) -> list[tuple[int, int]]:
-        return [span(text) for text in self.addresses]
+        return [span(item.range) for item in self.addresses]
 
     def size(self) -> int:
         return sum(last - first + 1 for first, last in self.spans())
@@ -313,6 +342,24 @@ class Zone(Model):
     def _one_purpose(self) -> Zone:
         if (self.pool is None) == (self.action is None):
             raise ValueError("a zone has either a pool or an action (drop or pass)")
+        return self
+
+
+class Static(Model):
+    """An inside host that always has the same outside address, or one port of it."""
+
+    inside: IPv4Address
+    outside: IPv4Address
+    protocol: Literal["tcp", "udp"] | None = None
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    inside_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+
+    @model_validator(mode="after")
+    def _port_and_protocol(self) -> Static:
+        if (self.port is None) != (self.protocol is None):
+            raise ValueError("a forwarded port needs both protocol and port; a whole address has neither")
+        if self.inside_port is not None and self.port is None:
+            raise ValueError("inside_port goes with port")
         return self
 
 
@@ -356,7 +403,7 @@ class Interface(Model):
     path: Literal["dpdk", "nfqueue"]
     device: Device | None = None
     addresses: tuple[Address, ...] = ()
-    mtu: Annotated[int, Field(ge=576, le=9216)] | None = None
+    mtu: Annotated[int, Field(ge=576, le=65535)] | None = None
 
     @model_validator(mode="after")
     def _device_fits_path(self) -> Interface:
@@ -392,6 +439,8 @@ class Service(Model):
     engine: Engine | None = None
     tcp_midflow: Literal["drop", "reset", "adopt"] | None = None
     refusal: Literal["silent", "icmp-admin", "icmp-host"] | None = None
+    other_protocols: Literal["drop", "pass"] | None = None
+    static: tuple[Static, ...] = ()
 
 
 class Pair(Service):

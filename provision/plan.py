@@ -195,7 +195,7 @@ def sessions_leaving(rendered: Rendered, running: Running) -> dict[str, int]:
 
     text = rendered.files["dsnatd.yaml"].text
     kept: list[tuple[int, int]] = []
-    for word in re.findall(r"(?m)^      - (\S+)$", text):
+    for word in re.findall(r"(?m)^      - (?:range: )?([0-9][0-9./-]*)$", text):
         kept.append(span(word))
     found: dict[str, int] = {}
     for pool in running.facts.get("engine", {}).get("pools", {}).get("pools", []):

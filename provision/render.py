@@ -32,6 +32,10 @@ Secret = Callable[[str], str]
 ENGINE = "dsnatd.yaml"
 VRRP = "keepalived.conf"
 KEYS = "authorized_keys/root"
+POOL_KEYS = (
+    *("mapping", "filtering", "select", "announce"),
+    *("block_ports", "blocks_per_host", "deterministic", "dynamic_ports"),
+)
 TIME = "chrony/fleet.sources"
 
 
@@ -97,10 +101,10 @@ def settings_of(fleet: Fleet, service: Service, pool: Pool) -> Iterator[tuple[st
     """The keys of a pool in dsnatd.yaml beside its addresses; what is not said is left to the engine."""
     if service.profile is None or "ports" in pool.model_fields_set:
         yield "ports", pool.ports
-    for key in ("mapping", "filtering", "select", "announce"):
+    for key in POOL_KEYS:
         value = getattr(pool, key)
         if value is not None:
-            yield key, value
+            yield key, str(value)
     active = pool.active_while or _mark_of_master(fleet, service)
     if active is not None:
         yield "active_while", str(active)

@@ -159,9 +159,9 @@ def addresses_are_unique(fleet: Fleet, at: Source) -> Iterator[Problem]:
 def pools_are_disjoint(fleet: Fleet, at: Source) -> Iterator[Problem]:
     """Sorted by start, an overlap is always with the furthest-reaching span before."""
     spans = sorted(
-        (span(text), ("pools", name, "addresses", i))
+        (span(item.range), ("pools", name, "addresses", i))
         for name, pool in fleet.pools.items()
-        for i, text in enumerate(pool.addresses)
+        for i, item in enumerate(pool.addresses)
     )
     reach: tuple[tuple[int, int], Loc] | None = None
     for (first, last), loc in spans:
@@ -207,6 +207,36 @@ def a_pool_has_one_owner(fleet: Fleet, at: Source) -> Iterator[Problem]:
     for name in fleet.pools:
         if name not in owner:
             yield at.problem(("pools", name), f"no zone uses pool {name}", key=True, warning=True)
+
+
+def static_mappings_are_in_a_pool(fleet: Fleet, at: Source) -> Iterator[Problem]:
+    for where, service, _ in fleet.services():
+        used = {zone.pool for zone in service.zones if zone.pool in fleet.pools}
+        own = [both for name in used if name is not None for both in fleet.pools[name].spans()]
+        seen: dict[tuple[object, ...], Loc] = {}
+        for i, static in enumerate(service.static):
+            loc: Loc = (*where, "static", i)
+            if not any(low <= int(static.outside) <= high for low, high in own):
+                text = (
+                    f"{static.outside} is in no pool of {where[1]}; a static mapping uses an "
+                    "address of its pools"
+                )
+                yield at.problem((*loc, "outside"), text)
+            key = (static.outside, static.protocol, static.port)
+            if key in seen:
+                text = (
+                    f"{static.outside}{f' port {static.port}' if static.port else ''} is mapped "
+                    "twice; remove one"
+                )
+                yield at.problem(loc, text, other=seen[key])
+            seen.setdefault(key, loc)
+
+
+def interface_names_are_free(fleet: Fleet, at: Source) -> Iterator[Problem]:
+    for name, gateway in fleet.gateways.items():
+        for interface in gateway.interfaces.keys() & {"all", "default", "lo", "dsnat0"}:
+            text = f"the name {interface} is taken by Linux or by the engine itself; choose another"
+            yield at.problem(("gateways", name, "interfaces", interface), text, key=True)
 
 
 def pool_addresses_are_nobodys(fleet: Fleet, at: Source) -> Iterator[Problem]:
@@ -466,6 +496,8 @@ RULES: tuple[Rule, ...] = (
     pools_are_disjoint,
     a_pool_has_one_owner,
     pool_addresses_are_nobodys,
+    static_mappings_are_in_a_pool,
+    interface_names_are_free,
     vrrp_fits_the_interfaces,
     vrrp_ids_are_unique_per_segment,
     routes_have_a_way,

@@ -25,7 +25,8 @@ RICH = changed(
     PAIR,
     (
         "113.4]}",
-        "113.4], drain: [203.0.113.4], ports: 2048-65535, mapping: endpoint-independent, "
+        "113.3, {range: 203.0.113.4, weight: 3}], drain: [203.0.113.4], block_ports: 64, "
+        "ports: 2048-65535, mapping: endpoint-independent, "
         "filtering: address-dependent, select: paired, announce: arp}",
     ),
     (
@@ -43,6 +44,10 @@ pairs:
     timeouts: {{udp: 30s, dns: 10s}}
     tcp_midflow: reset
     refusal: icmp-admin
+    other_protocols: pass
+    static:
+      - {{inside: 100.64.0.8, outside: 203.0.113.2}}
+      - {{inside: 100.64.0.9, outside: 203.0.113.1, protocol: tcp, port: 80, inside_port: 8080}}
     routes: [{{to: default, via: 198.51.100.254}}, {{to: 100.64.8.0/22, via: 100.64.0.9}}]
 """,
     ),

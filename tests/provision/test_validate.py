@@ -180,6 +180,35 @@ CASES: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         [("113.4]}", "113.4], drain: [203.0.113.9]}")],
         "203.0.113.9 is not in pool home",
     ),
+    "a static mapping outside of the pools": (
+        LONE,
+        [("    routes:\n", "    static: [{inside: 100.64.0.9, outside: 203.0.113.99}]\n    routes:\n")],
+        "203.0.113.99 is in no pool of gw1",
+    ),
+    "a port that is forwarded twice": (
+        LONE,
+        [
+            (
+                "    routes:\n",
+                "    static:\n"
+                "      - {inside: 100.64.0.8, outside: 203.0.113.1, protocol: tcp, port: 80}\n"
+                "      - {inside: 100.64.0.9, outside: 203.0.113.1, protocol: tcp, port: 80}\n"
+                "    routes:\n",
+            )
+        ],
+        "203.0.113.1 port 80 is mapped twice; remove one (the other is at fleet.yaml:18",
+    ),
+    "half a forwarded port": (
+        LONE,
+        [
+            (
+                "    routes:\n",
+                "    static: [{inside: 100.64.0.9, outside: 203.0.113.1, port: 80}]\n    routes:\n",
+            )
+        ],
+        "a forwarded port needs both protocol and port",
+    ),
+    "an interface called all": (LONE, [("outside0", "all")], "the name all is taken by Linux"),
     "one host key for two": (PAIR, [(KEYS[1], KEYS[0])], "host key is given to two places"),
     "one outside address for two": (
         PAIR,
