@@ -692,6 +692,7 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 		if (rte_eal_remote_launch(worker_run, &d->workers[w], w + 1))
 			return fail(FAILED, "a worker does not start");
 	announce_again(d);
+	follow_port_control(d);
 	return STOPPED;
 }
 

@@ -21,7 +21,7 @@ packages=(
 	python3 python3-venv ca-certificates
 	# the proof: namespaces, real clients and servers
 	iproute2 procps nftables iptables ethtool tcpdump traceroute iputils-ping iputils-arping curl nginx iperf3 bind9-dnsutils
-	dnsmasq-base keepalived openssh-client openssh-server git make
+	dnsmasq-base natpmpc keepalived openssh-client openssh-server git make
 )
 services=(nginx:nginx keepalived:keepalived openssh-server:ssh) # package:unit, for packages that bring a service
 
