@@ -12,6 +12,8 @@
  *
  * Fragments are forwarded as they come, never put together. The identification that the first one got on the
  * way out (rewrite.c) holds for all.
+ *
+ * A packet that is larger than its next hop takes, and may be fragmented, is cut here (RFC 4787 REQ-13a).
  */
 #include <string.h>
 
@@ -372,6 +374,12 @@ void nat_frags_cut(struct nat_engine *e, struct nat_pkt *pkt)
 		return;
 	}
 	finish_checksum(pkt);
+	/* On the way out our numbers, as for the fragments of others; a remote's packet has the remote's. */
+	if (!(pkt->stage_flags & NAT_STAGE_FRAGMENT) &&
+	    (!nat_is_inbound(pkt) || (pkt->stage_flags & NAT_STAGE_SECOND)))
+		nat_put16(pkt->l3 + NAT_IP_ID,
+			  nat_frags_id(e, nat_get32(pkt->l3 + NAT_IP_SOURCE),
+				       nat_get32(pkt->l3 + NAT_IP_DESTINATION), pkt->tuple.protocol));
 	for (unsigned at = each_bytes; at < payload_bytes; at += each_bytes) {
 		const bool last = at + each_bytes >= payload_bytes;
 		const unsigned bytes = last ? payload_bytes - at : each_bytes;

@@ -18,17 +18,14 @@ static void replace_address(uint8_t *ip, unsigned offset, uint32_t new_be, struc
 	change->transport = nat_sum_replace32(change->transport, old_be, new_be);
 }
 
-/* RFC 6864: a packet that is or may be fragmented must not share its identification with one of another host
- * behind the same address (RFC 7857 section 10). With DF set there is nothing to identify. */
-static void renumber(struct nat_engine *e, struct nat_pkt *pkt, struct change *change)
+/* RFC 7857 section 10: fragments must not share their identification with those of another host behind the
+ * same address (RFC 6864). A whole packet keeps its own: an ICMP error that quotes it must be recognised. */
+static void renumber(struct nat_engine *e, uint8_t *ip, uint8_t protocol, struct change *change)
 {
-	uint8_t *ip = pkt->l3;
 	const uint16_t old_be = nat_get16(ip + NAT_IP_ID);
+	const uint16_t new_be =
+		nat_frags_id(e, nat_get32(ip + NAT_IP_SOURCE), nat_get32(ip + NAT_IP_DESTINATION), protocol);
 
-	if ((nat_read16(ip + NAT_IP_FRAGMENT) & NAT_IP_DF) && !(pkt->stage_flags & NAT_STAGE_FRAGMENT))
-		return;
-	const uint16_t new_be = nat_frags_id(e, nat_get32(ip + NAT_IP_SOURCE),
-					     nat_get32(ip + NAT_IP_DESTINATION), pkt->tuple.protocol);
 	change->ip = nat_sum_replace16(change->ip, old_be, new_be);
 	nat_put16(ip + NAT_IP_ID, new_be);
 }
@@ -178,8 +175,8 @@ static void rewrite_one(struct nat_engine *e, struct nat_pkt *pkt)
 	else
 		rewrite_transport(pkt, port_be, change.transport);
 	decrement_ttl(pkt, &change);
-	if (second || (!inbound && !hairpin))
-		renumber(e, pkt, &change);
+	if (NAT_UNLIKELY(pkt->stage_flags & NAT_STAGE_FRAGMENT) && (second || (!inbound && !hairpin)))
+		renumber(e, pkt->l3, pkt->tuple.protocol, &change);
 	update_ip(pkt->l3, &change);
 	nat_settle(pkt, NAT_FORWARD, NAT_REASON_OK);
 	if (NAT_UNLIKELY(leads))
