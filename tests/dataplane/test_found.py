@@ -9,7 +9,7 @@ from tests.replay import Bench
 
 
 def test_an_echo_reply_of_zeros_keeps_a_checksum_that_verifies(replay: Bench) -> None:
-    """RFC 1624: equation 3 gives the wrong one of the two zeros when all the bytes that are summed are zero."""
+    """RFC 1624: equation 3 gives the wrong one of the two zeros when all summed bytes are zero."""
     request = ping("100.64.0.2 > 198.51.100.1", ident=0, seq=0, payload=b"")
     asked = replay.send(request).packet
     reply = icmp(f"198.51.100.1 > {asked.source_address}", 0, 0, asked.sport << 16)
