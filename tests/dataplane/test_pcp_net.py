@@ -23,7 +23,7 @@ def test_rfc6888_req9_natpmpc_opens_a_port_that_the_outside_reaches(
     rest += "port_control: on\n"
     gateway = new_gateway(lab, program("dsnatd"), config(rest=rest))
     text = gateway.client.run("natpmpc", "-g", INSIDE_ADDRESS, "-a", "8080", "8080", "tcp", "600")
-    mapped = re.search(r"Mapped public port (\d+) protocol TCP to local port 8080 lifetime 600", text)
+    mapped = re.search(r"Mapped public port (\d+) protocol TCP to local port 8080 life?time 600", text)
     assert mapped, text
     address = re.search(r"Public IP address : (\S+)", text)
     assert address
