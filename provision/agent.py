@@ -343,6 +343,7 @@ class Agent:
             "describe": self.describe,
             "drain": self.drain,
             "exec": self.execute,
+            "probe": self.probe,
         }
         verb = verbs.get(str(request.get("do")))
         if verb is None:
@@ -581,6 +582,19 @@ class Agent:
         self.machine.write_drain(on)
         self.machine.log(f"{'drained' if on else 'no longer drained'} owner={_text(request, 'owner')}")
         return {"drained": on}
+
+    def probe(self, request: Json) -> Json:
+        """Which of these addresses answer a ping: out by the engine's ports and back in, as hosts'
+        packets go.
+        """
+        found: Json = {}
+        for text in request.get("addresses", []):
+            if not isinstance(text, str) or not re.fullmatch(r"[0-9.]{7,15}", text):
+                raise Refused("usage", f"{text!r} is not an address to ping")
+            found[text] = (
+                self.machine.run(["ping", "-n", "-q", "-c", "3", "-i", "0.2", "-W", "2", text], 15.0)[0] == 0
+            )
+        return {"answers": found}
 
     def execute(self, request: Json) -> Json:
         """A command that only reads, from a list; nothing of it goes through a shell."""

@@ -441,6 +441,9 @@ class Service(Model):
     refusal: Literal["silent", "icmp-admin", "icmp-host"] | None = None
     other_protocols: Literal["drop", "pass"] | None = None
     static: tuple[Static, ...] = ()
+    probes: tuple[IPv4Address, ...] = Field(
+        default=(), description="addresses outside that must answer a ping before a change is kept"
+    )
 
 
 class Pair(Service):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from provision.agent import actions_between, digest_of_files
-from provision.render import Rendered
+from provision.render import MANAGEMENT, Rendered
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,11 @@ def shown(text: str) -> str:
 def _impact(rendered: Rendered, running: Running, actions: list[str]) -> list[str]:
     """What hosts will notice, worst first."""
     lines: list[str] = []
+    want, have = wanted_sums(rendered), sums(running)
+    if want.get(MANAGEMENT) != have.get(MANAGEMENT):
+        lines.append(
+            "the way to it changes: if it cannot be reached at its management address then, it undoes this"
+        )
     if "engine-stop" in actions and running.facts.get("units", {}).get("dsnatd") == "active":
         lines.append("the engine restarts: traffic stops for a moment, sessions stay")
     leaving = sessions_leaving(rendered, running)

@@ -189,6 +189,8 @@ def push_one(
                 result,
             )
     except AgentRefused as refused:
+        if generation is not None:
+            _let_go(name, dial, order)
         outcome = {"stale": "stale", "locked": "locked", "reverted": "reverted"}.get(refused.word, "failed")
         return result(outcome, str(refused), generation)
     except Unreachable as error:
@@ -228,6 +230,12 @@ def roll_back_one(
         return result("unreached", str(error), to)
     except GatewayError as error:
         return result("failed", str(error), to)
+
+
+def _let_go(name: str, dial: Dial, order: Order) -> None:
+    """What was staged will not be applied: the next operator need not wait for our lease to end."""
+    with suppress(GatewayError), dial(name) as remote:
+        remote.ask({"do": "release", "owner": order.owner}, deadline_s=FACTS_S)
 
 
 def _stage_request(change: Change, rendered: Rendered, order: Order) -> dict[str, Any]:
@@ -450,22 +458,39 @@ def push_all(
 
 
 def witnesses(fleet: Fleet, name: str, rendered: Rendered, dial: Dial) -> Witness:
-    """Who must agree before a change is kept: the engine, keepalived, and the VRRP peer.
+    """Who must agree before a change is kept: the engine, keepalived, the VRRP peer, and a probe outside.
 
-    The addresses must be on exactly one of a pair, all of them; on a lone gateway, on itself."""
+    The addresses must be on exactly one of a pair, all of them; on a lone gateway, on itself. A backup has
+    no way out to prove: the probe is for who carries the traffic."""
     addresses = list(rendered.vrrp)
     peer = fleet.peer_of(name)
+
+    def probe() -> str | None:
+        if not rendered.probes:
+            return None
+        try:
+            with dial(name) as remote:
+                request = {"do": "probe", "addresses": list(rendered.probes)}
+                answers = remote.ask(request, deadline_s=FACTS_S)["answers"]
+        except GatewayError as error:
+            return str(error)
+        silent = [address for address, good in answers.items() if not good]
+        return f"{', '.join(silent)} does not answer from {name}" if silent else None
 
     def look(running: Running) -> str | None:
         engine = running.facts.get("engine", {})
         if "error" in engine:
             return f"the engine does not answer: {engine['error']}"
         if not addresses:
-            return None
+            return probe()
         active = running.facts.get("units", {}).get("keepalived")
         if active != "active":
             return f"keepalived is {active}"
         mine = running.holds(addresses)
+        if mine or peer is None:
+            silent = probe()
+            if silent is not None:
+                return silent
         if mine not in (0, len(addresses)):
             return f"{name} holds {mine} of {len(addresses)} VRRP addresses"
         if peer is None:

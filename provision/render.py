@@ -32,6 +32,7 @@ Secret = Callable[[str], str]
 ENGINE = "dsnatd.yaml"
 VRRP = "keepalived.conf"
 KEYS = "authorized_keys/root"
+MANAGEMENT = "network/10-management.network"
 POOL_KEYS = (
     *("mapping", "filtering", "select", "announce"),
     *("block_ports", "blocks_per_host", "deterministic", "dynamic_ports"),
@@ -62,6 +63,7 @@ class Rendered:
     hardware: str  # digest of what needs a restart of the engine, not a reload
     interfaces: tuple[str, ...]
     vrrp: tuple[str, ...] = ()  # the addresses that a master has
+    probes: tuple[str, ...] = ()  # addresses that answer a ping when the way out works
     secrets: frozenset[str] = field(default=frozenset(), repr=False)
 
 
@@ -80,7 +82,7 @@ def render(fleet: Fleet, name: str, *, secret: Secret) -> Rendered:
         text = _network(fleet, name, interface)
         files[f"network/{20 + position}-{interface}.network"] = File(text)
     if gateway.management.interface is not None:
-        files["network/10-management.network"] = File(_management(name, gateway))
+        files[MANAGEMENT] = File(_management(name, gateway))
     site = fleet.sites.get(service.site or "")
     if site is not None and site.ntp:
         files[TIME] = File(_fill("fleet.sources.j2", gateway=name, servers=site.ntp))
@@ -93,6 +95,7 @@ def render(fleet: Fleet, name: str, *, secret: Secret) -> Rendered:
         _hardware(fleet, gateway, service),
         tuple(gateway.interfaces),
         tuple(str(address.ip) for instance in floating for address in instance.addresses),
+        tuple(map(str, service.probes)),
         frozenset(secrets),
     )
 

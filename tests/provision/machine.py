@@ -31,6 +31,7 @@ class FakeMachine(Machine):
         self.unwell: set[int] = set()  # generations whose engine does not answer
         self.said: list[str] = []
         self.drained = False
+        self.silent = False  # nothing outside answers
         self.steps_left: int | None = None
         self._snapshot: Path | None = None
         self.source: Callable[[], float] | None = None
@@ -75,6 +76,8 @@ class FakeMachine(Machine):
                 return 0, "\n".join("active" if name in self.running else "inactive" for name in names)
             case ["systemctl", verb, unit]:
                 return self._service(verb, unit.removesuffix(".service"))
+            case ["ping", *_]:
+                return int(self.silent), ""
             case ["uptime"]:
                 return 0, "up 1 day"
             case ["unshare", *_] | ["ip", *_] | ["networkctl", *_] | ["chronyc", *_]:

@@ -88,6 +88,14 @@ def test_a_restart_of_the_engine_is_announced(read: Reader) -> None:
     assert "the engine restarts" in found.changes[0].impact[0]
 
 
+def test_a_change_of_the_management_address_is_the_first_thing_said(read: Reader) -> None:
+    running = as_running(wanted(read, LONE)["gw1"], units={"dsnatd": "active"})
+    text = changed(
+        LONE, ("{address: 192.0.2.11}", "{address: 192.0.2.11, interface: mgmt0}"), ("04.0", "05.0")
+    )
+    assert "the way to it changes" in plan(wanted(read, text), {"gw1": running}).changes[0].impact[0]
+
+
 def test_a_changed_password_is_said_and_not_shown(read: Reader) -> None:
     secret = (
         "    vrrp:\n",

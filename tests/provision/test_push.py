@@ -231,6 +231,22 @@ def test_an_error_before_the_change_leaves_it_unmade(
     assert lab.machines["gw1"].live() == 0
 
 
+def test_a_way_out_that_does_not_work_is_not_kept(lab: Lab, read: Reader) -> None:
+    probes = ("    routes:\n", "    probes: [192.0.2.1]\n    routes:\n")
+    lab.machines["gw1"].silent = True
+    result = push(lab, read, changed(LONE, probes))
+    assert result.outcome == "reverted"
+    assert "192.0.2.1 does not answer from gw1" in result.text
+    lab.machines["gw1"].silent = False
+    assert push(lab, read, changed(LONE, probes)).outcome == "confirmed"
+
+
+def test_a_change_that_cannot_be_applied_lets_the_next_operator_in(lab: Lab, read: Reader) -> None:
+    lab.machines["gw1"].broken.add("systemd-run")
+    assert push(lab, read).outcome == "failed"
+    assert Agent(lab.machines["gw1"]).lease() is None
+
+
 def test_two_operators_do_not_overwrite_each_other(lab: Lab, read: Reader) -> None:
     machine = lab.machines["gw1"]
 
