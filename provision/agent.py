@@ -40,6 +40,7 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -162,6 +163,32 @@ class Machine:
         if not isinstance(answer, dict) or not answer.get("ok"):
             raise OSError(str(answer.get("error", "no answer")) if isinstance(answer, dict) else "no answer")
         return answer
+
+    def pings(self, address: str, tries: int = 3, wait_s: float = 1.0) -> bool:
+        """An ICMP echo and its answer. By hand: the image has no ping, and needs none for this."""
+        ours = os.getpid() & 0xFFFF
+        for number in range(1, tries + 1):
+            body = struct.pack("!BBHHH", 8, 0, 0, ours, number) + b"dsnat-probe "
+            total = sum(struct.unpack(f"!{len(body) // 2}H", body))
+            total = (total & 0xFFFF) + (total >> 16)
+            request = body[:2] + struct.pack("!H", ~(total + (total >> 16)) & 0xFFFF) + body[4:]
+            with (
+                contextlib.suppress(OSError),
+                socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as s,
+            ):
+                end = time.monotonic() + wait_s
+                s.sendto(request, (address, 0))
+                while (left := end - time.monotonic()) > 0:
+                    s.settimeout(left)
+                    packet, (source, _) = s.recvfrom(1500)
+                    start = (packet[0] & 15) * 4
+                    if (
+                        source == address
+                        and packet[start : start + 1] == b"\0"
+                        and packet[start + 4 :] == body[4:]
+                    ):
+                        return True
+        return False
 
     def write_drain(self, on: bool) -> None:
         Path("/run/dsnat-drain").write_text("1\n" if on else "0\n")
@@ -591,9 +618,7 @@ class Agent:
         for text in request.get("addresses", []):
             if not isinstance(text, str) or not re.fullmatch(r"[0-9.]{7,15}", text):
                 raise Refused("usage", f"{text!r} is not an address to ping")
-            found[text] = (
-                self.machine.run(["ping", "-n", "-q", "-c", "3", "-i", "0.2", "-W", "2", text], 15.0)[0] == 0
-            )
+            found[text] = self.machine.pings(text)
         return {"answers": found}
 
     def execute(self, request: Json) -> Json:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from provision.agent import READING, Agent, Refused, actions_between
+from provision.agent import READING, Agent, Machine, Refused, actions_between
 from tests.provision.machine import Client, FakeMachine, PowerCutError, files, snapshot_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,6 +265,13 @@ def test_a_command_that_is_not_on_the_list_is_refused(alice: Client, argv: objec
 
 def test_a_command_on_the_list_gives_status_and_output(alice: Client) -> None:
     assert alice.ask(do="exec", argv=["uptime"]) == {"status": 0, "output": "up 1 day"}
+
+
+@pytest.mark.net
+def test_a_probe_hears_the_answer_of_a_host_and_no_others(machine: FakeMachine) -> None:
+    real = Machine(machine.root)
+    assert real.pings("127.0.0.1")
+    assert not real.pings("0.0.0.1", tries=1, wait_s=0.2)
 
 
 def test_another_protocol_is_refused_with_both_numbers(machine: FakeMachine) -> None:
