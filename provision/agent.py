@@ -574,13 +574,49 @@ class Agent:
                     "usage",
                     "a change is confirmed by a new connection, opened after it went live; dial again",
                 )
-            self._forget_pending()  # from here on it stays
             witnesses = request.get("witnesses", {})
-            self._record("confirmed", pending, witnesses=witnesses if isinstance(witnesses, dict) else {})
-            self._drop_lease()
-            with contextlib.suppress(OSError):
-                Path("/run/motd.d/dsnat").unlink()
-            return {"state": "confirmed", "generation": generation}
+            return self._keep(pending, witnesses if isinstance(witnesses, dict) else {})
+
+    def _keep(self, pending: Json, witnesses: Json) -> Json:
+        self._forget_pending()  # from here on it stays
+        self._record("confirmed", pending, witnesses=witnesses)
+        self._drop_lease()
+        with contextlib.suppress(OSError):
+            Path("/run/motd.d/dsnat").unlink()
+        return {"state": "confirmed", "generation": pending["generation"]}
+
+    def change(self, request: Json) -> Json:
+        """Some files of the live generation, changed by a command on the gateway itself (ipvsadm): staged,
+        applied and kept in one go. No connection is at stake that could fail to come back; a service that
+        does not take the change undoes it as ever.
+        """
+        base = self.current()
+        live, here = self.manifest(base), self.generations / str(base)
+        files: Json = {}
+        for name in live.get("files", {}):
+            path = here / name
+            files[name] = {"text": path.read_text(), "mode": path.stat().st_mode & 0o777}
+        files.update(request.get("files", {}))
+        vrrp = files.get(VRRP, {}).get("text", "")
+        names = sorted(set(re.findall(r"(?m)^\s*interface\s+(\S+)|\bdev\s+(\S+)", vrrp)))
+        common: Json = {"owner": request.get("owner"), "base": base, "plan": ""}
+        kept: Json = {key: live[key] for key in ("hardware", "vrrp", "health_s") if key in live}
+        interfaces = sorted({one for pair in names for one in pair if one})
+        staged = self.stage({**common, **kept, "files": files, "interfaces": interfaces})
+        wanted = {"generation": staged["generation"], "digest": staged["digest"]}
+        try:
+            applied = self.apply({**common, **wanted})
+        except Refused:
+            self.release(request)
+            raise
+        if applied["state"] != "live":
+            self.release(request)
+            return applied
+        with self._locked():
+            pending = self.pending()
+            if pending is None or pending.get("generation") != staged["generation"]:
+                raise Refused("reverted", "the change was undone before it could be kept")
+            return self._keep(pending, {})
 
     def revert(self, request: Json) -> Json:
         """Undoes the pending change now."""
@@ -1010,6 +1046,7 @@ def main() -> int:
         "history": lambda: {"events": agent.history()},
         "revert": lambda: agent.revert({"reason": "asked for on the console"}),
         "boot": agent.boot,
+        "change": lambda: agent.change(json.loads(sys.stdin.buffer.read(REQUEST_MAX))),
     }
     try:
         arguments = sys.argv[1:]

@@ -184,10 +184,10 @@ def ports(answer: Json) -> Iterator[str]:
 def config(answer: Json) -> Iterator[str]:
     """As YAML that dsnatd takes: every value is a scalar or a list of scalars or maps."""
     yield f"# in force, defaults included; read from {answer['file']}"
-    yield from _yaml(answer["config"])
+    yield from yaml(answer["config"])
 
 
-def _yaml(config: Json) -> Iterator[str]:
+def yaml(config: Json) -> Iterator[str]:
     for key, value in config.items():
         if isinstance(value, list):
             yield f"{key}:" if value else f"{key}: []"

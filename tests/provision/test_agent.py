@@ -347,3 +347,31 @@ def test_the_agent_answers_what_is_not_json_with_an_error(tmp_path: Path) -> Non
     )
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["kind"] == "usage"
+
+
+def test_a_change_on_the_gateway_itself_is_kept_in_one_go(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    before = files("a")
+    done = Agent(machine).change({"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "engine: z\n"}}})
+    assert done == {"state": "confirmed", "generation": 2}
+    assert machine.running["dsnatd"] == "engine: z\n"
+    assert Agent(machine).pending() is None
+    here = machine.root / "generations/current"
+    for name, file in before.items():
+        if name != "dsnatd.yaml":
+            assert (here / name).read_text() == file["text"], f"{name} went missing"
+    assert alice.ask(do="status")["last"]["owner"] == "ipvsadm"
+    alice.push("b")  # the lease was given back
+
+
+def test_a_local_change_that_a_service_refuses_is_undone(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    machine.unwell = {2}
+    done = Agent(machine).change({"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "engine: z\n"}}})
+    assert done["state"] == "reverted"
+    assert machine.live() == 1
+    assert machine.running["dsnatd"] == "engine: a\n"
+    with pytest.raises(Refused, match="broken; mend it"):
+        Agent(machine).change({"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "BROKEN"}}})
+    assert Agent(machine).lease() is None
+    assert machine.live() == 1
