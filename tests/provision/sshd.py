@@ -28,6 +28,7 @@ SSHD = Path("/usr/sbin/sshd")
 FAKES = {
     "systemctl": """
 verb=$1; shift
+while [ -e "$FAKE/wait" ]; do sleep 0.05; done
 echo "systemctl $verb $*" >> "$FAKE/calls"
 for unit in "$@"; do
     [ -e "$FAKE/fail-$unit" ] && { echo "$unit failed"; exit 1; }

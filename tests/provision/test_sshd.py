@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -211,3 +212,26 @@ def test_a_command_that_reads_runs_on_the_gateway_and_others_do_not(gateway: Gat
 
 def test_the_pinned_key_is_checked_on_request(gateway: Gateway) -> None:
     assert "as pinned" in run(fleet(gateway), "keys", "--check")
+
+
+def test_ctrl_c_lets_what_is_in_flight_end_and_says_that_nothing_is_armed(gateway: Gateway) -> None:
+    (gateway.fake / "wait").touch()
+    file = fleet(gateway)
+    argv = [sys.executable, "-m", "provision", "--file", str(file), "push", "--yes"]
+    with subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as push:
+        (gateway.fake / "wait").unlink()  # the look at what runs asks systemctl as well
+        assert push.stdout is not None
+        said = ""
+        while "applying" not in said:
+            said += push.stdout.readline()
+        (gateway.fake / "wait").touch()
+        push.send_signal(signal.SIGINT)
+        time.sleep(0.2)  # for the signal to arrive while the change is being applied
+        (gateway.fake / "wait").unlink()
+        said += push.stdout.read()
+        assert push.wait(40) == 130, said
+    assert "interrupted; nothing is left armed" in said
+    assert gateway.current() == 1
+    assert not (gateway.root / "pending").exists()
