@@ -343,6 +343,7 @@ def _roll_out(
 ) -> tuple[list[Result], bool]:
     import threading
 
+    from provision import show
     from provision.journal import Journal
     from provision.model import milliseconds
     from provision.plan import digest_of
@@ -377,7 +378,15 @@ def _roll_out(
     rollout = fleet.defaults.rollout
     ordered = waves(units(fleet, found.changes, running), rollout.first_wave_percent)
     soak_s = milliseconds(rollout.soak) / 1000
-    results = push_all(ordered, one, jobs=options.jobs, budget=budget, soak_s=soak_s, stop=stop, done=done)
+    with show.progress(len(found.changes), quiet=options.json) as advance:
+
+        def ended(result: Result) -> None:
+            done(result)
+            advance(result.gateway)
+
+        results = push_all(
+            ordered, one, jobs=options.jobs, budget=budget, soak_s=soak_s, stop=stop, done=ended
+        )
     return results, stop.is_set()
 
 

@@ -29,28 +29,41 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainSerializer,
     PlainValidator,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 SCHEMA = 1
 PRIORITY_OWNER = 255  # RFC 5798: only for the owner of the address; a floating address has no owner
 
 
-def _matching(pattern: str, what: str) -> BeforeValidator:
-    """Text that matches in full, else a ValueError that says what it should be."""
-    compiled = re.compile(pattern)
+class _Matching:
+    """Text that matches in full, else a ValueError that says what it should be. Editors get the pattern
+    too.
+    """
 
-    def check(value: Any) -> Any:
+    def __init__(self, pattern: str, what: str) -> None:
+        self.pattern, self.what = pattern, what
+
+    def __call__(self, value: Any) -> Any:
         if not isinstance(value, str):
-            raise ValueError(f"this must be text: {what}")
-        if not compiled.fullmatch(value):
-            raise ValueError(f'"{value}" is not {what}')
+            raise ValueError(f"this must be text: {self.what}")
+        if not re.fullmatch(self.pattern, value):
+            raise ValueError(f'"{value}" is not {self.what}')
         return value
 
-    return BeforeValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_before_validator_function(self, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "pattern": f"^({self.pattern})$", "description": self.what}
 
 
 _UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -144,16 +157,16 @@ def _host(value: Any) -> Any:
 
 Name = Annotated[
     str,
-    _matching(r"[A-Za-z][A-Za-z0-9_-]{0,30}", "a name (a letter, then letters, digits, _ and -; at most 31)"),
+    _Matching(r"[A-Za-z][A-Za-z0-9_-]{0,30}", "a name (a letter, then letters, digits, _ and -; at most 31)"),
 ]
 InterfaceName = Annotated[
     str,
-    _matching(
+    _Matching(
         r"[A-Za-z][A-Za-z0-9_.-]{0,14}",
         "an interface name (a letter, then letters, digits, _ . and -; at most 15)",
     ),
 ]
-Duration = Annotated[str, _matching(_DURATION.pattern, "a time such as 500ms, 60s, 5m or 2h")]
+Duration = Annotated[str, _Matching(_DURATION.pattern, "a time such as 500ms, 60s, 5m or 2h")]
 Prefix = Annotated[
     IPv4Network, PlainValidator(_network), PlainSerializer(str), WithJsonSchema({"type": "string"})
 ]
@@ -169,7 +182,7 @@ Workers = Annotated[int | str, BeforeValidator(_workers)]
 Host = Annotated[str, BeforeValidator(_host)]
 PublicKey = Annotated[
     str,
-    _matching(
+    _Matching(
         r"(ssh-ed25519|ecdsa-sha2-nistp(256|384|521)|rsa-sha2-(256|512)|ssh-rsa|sk-ssh-ed25519@openssh\.com)"
         r" [A-Za-z0-9+/]{16,}={0,3}( [A-Za-z0-9@._+-]{1,64})?",
         "a public key line: its type, its base64 text, perhaps a comment",
@@ -177,21 +190,21 @@ PublicKey = Annotated[
 ]
 HostKey = Annotated[
     str,
-    _matching(
+    _Matching(
         r"ssh-ed25519 [A-Za-z0-9+/]{16,}={0,3}( [A-Za-z0-9@._+-]{1,64})?",
         "an ed25519 host key (the line in the gateway's ssh_host_ed25519_key.pub)",
     ),
 ]
 SecretRef = Annotated[
     str,
-    _matching(
+    _Matching(
         r"(env:[A-Za-z_][A-Za-z0-9_]*|file:[^\x00-\x1f]+|age:[^\x00-\x1f]+)",
         "a reference to a secret (env:NAME, file:PATH or age:PATH); the secret itself never stands here",
     ),
 ]
 Device = Annotated[
     str,
-    _matching(
+    _Matching(
         r"[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]|net_[a-z0-9_]{1,24}(,[A-Za-z0-9_=:./-]+)*",
         'a PCI address such as "0000:00:03.0" or a DPDK virtual device such as net_tap0,iface=tap0',
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -110,6 +111,9 @@ def test_the_schema_knows_every_key() -> None:
     schema = json.loads(run("schema"))
     assert "schema" in schema["properties"]
     assert "announce" in schema["$defs"]["Pool"]["properties"]
+    device = schema["$defs"]["Interface"]["properties"]["device"]["anyOf"][0]["pattern"]
+    assert re.match(device, "0000:00:03.0")
+    assert not re.match(device, "eth0")
 
 
 def test_a_node_of_dsnat_is_imported_from_the_command_line(tmp_path: Path) -> None:
