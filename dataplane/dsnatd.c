@@ -396,9 +396,10 @@ static void reload(struct daemon *d)
 		config_print(next, stderr);
 		if (next->n_errors)
 			say("the configuration is wrong; the old one stays");
-		else if (!config_can_follow(d->plan->config, next, why, sizeof why) ||
-			 !on_apply(d, next, why, sizeof why))
-			fprintf(stderr, "dsnatd: %s\n", why);
+		else if (!config_can_follow(d->plan->config, next, why, sizeof why))
+			say(why);
+		else if (request_keep_departed(d->ops, next), !on_apply(d, next, why, sizeof why))
+			say(why);
 		else
 			next = NULL; /* it is the plan's now */
 	}

@@ -92,7 +92,8 @@ static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
 		return;
 	}
 	const bool has_route = pkt->hop.kind == NAT_HOP_FORWARD || pkt->hop.kind == NAT_HOP_KERNEL;
-	if (!hairpin && has_route && policy->role[pkt->hop.iface] == NAT_ROLE_INSIDE) {
+	if (!hairpin && has_route && pkt->hop.iface < policy->n_interfaces &&
+	    policy->role[pkt->hop.iface] == NAT_ROLE_INSIDE) {
 		nat_pass(pkt, NAT_REASON_INSIDE_ONLY);
 		return;
 	}

@@ -121,7 +121,8 @@ struct nat_config {
 	uint32_t n_statics;
 	struct nat_limits limits;
 	struct nat_timeouts timeouts;
-	enum nat_midflow tcp_midflow;	bool port_control;         /* hosts may ask for mappings by PCP and NAT-PMP */
+	enum nat_midflow tcp_midflow;
+	bool port_control;         /* hosts may ask for mappings by PCP and NAT-PMP */
 	bool pass_other_protocols; /* neither TCP, UDP nor ICMP: to the kernel untranslated, else dropped */
 	enum nat_refusal refusal;  /* what the host is told when no session can be made (RFC 5508 REQ-8, RFC
 				      6888 REQ-11B) */
@@ -181,8 +182,8 @@ enum nat_hop_kind {
 struct nat_hop {
 	uint32_t next_hop_be;
 	uint16_t mtu_bytes; /* 0: not known, no check */
-	uint8_t iface;      /* index into nat_config.interfaces; for NAT_HOP_KERNEL only its role counts */
-	uint8_t kind;       /* enum nat_hop_kind */
+	uint8_t iface; /* index into nat_config.interfaces; of an interface that is not there: 0xff, taken as outside */
+	uint8_t kind; /* enum nat_hop_kind */
 };
 
 struct nat_tuple { /* of one direction of one flow, as the side that looks it up sees it */

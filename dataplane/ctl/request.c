@@ -184,6 +184,7 @@ static json_t *reload(struct request_context *c)
 		config_free(next);
 		return NULL;
 	}
+	request_keep_departed(c->ops, next);
 	answer = json_pack("{s:o, s:o, s:o}", "pools", request_number(next->nat.n_pools), "zones",
 			   request_number(next->nat.n_zones), "problems", request_problems_json(next));
 	if (!c->ops->apply(c->ops->context, next, c->why, sizeof(c->why))) {

@@ -71,6 +71,9 @@ struct request_ops {
  * end in a zero. */
 char *request_answer(const struct request_ops *ops, const char *line, size_t line_bytes);
 
+/* Before `next` is put into force: addresses that leave a pool while sessions use them stay in it and drain. */
+void request_keep_departed(const struct request_ops *ops, struct config *next);
+
 /* The same from and to a JSON value (jansson's json_t); never NULL, the caller owns the answer. */
 struct json_t *request_answer_json(const struct request_ops *ops, const struct json_t *request);
 

@@ -36,7 +36,7 @@ def differences(running: Json, candidate: Json) -> Iterator[str]:
         for key, value in candidate[section].items():
             if running[section][key] != value:
                 yield f"~ {section}.{key}: {running[section][key]} -> {value}"
-    for key in ("tcp_midflow", "refusal", "other_protocols"):
+    for key in ("tcp_midflow", "refusal", "other_protocols", "port_control"):
         if running[key] != candidate[key]:
             yield f"~ {key}: {running[key]} -> {candidate[key]}"
     yield from _named("interface", running["interfaces"], candidate["interfaces"])

@@ -378,6 +378,7 @@ timeouts: {dns: 0s, udp: 9m}
 tcp_midflow: reset
 refusal: icmp-host
 other_protocols: pass
+port_control: on
 """
 
 

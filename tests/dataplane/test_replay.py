@@ -166,3 +166,28 @@ def test_a_wrong_configuration_is_told_by_line_and_column(
     lines = done.stderr.splitlines()
     assert any(line.startswith(f"{config}:3:") for line in lines), done.stderr
     assert any(line.startswith(f"{config}:8:") for line in lines), done.stderr
+
+
+def test_an_address_that_leaves_its_pool_serves_its_sessions_to_their_end(
+    bench: Callable[[str], Bench], tmp_path: Path
+) -> None:
+    nat = bench(CONFIG)
+    file = tmp_path / "dsnatd-0.yaml"
+    before = [nat.send(udp(f"100.64.0.2:{5000 + n} > 198.51.100.1:53")) for n in range(4)]
+    file.write_text(CONFIG.replace("203.0.113.1-203.0.113.4", "203.0.113.2"))
+    assert nat.ctl(cmd="reload")["ok"]
+    for n, answer in enumerate(before):
+        reply = nat.send(udp(f"198.51.100.1:53 > {outside(answer)}"), on="outside0")
+        assert reply.packet.destination == f"100.64.0.2:{5000 + n}"
+        again = nat.send(udp(f"100.64.0.2:{5000 + n} > 198.51.100.1:53"))
+        assert outside(again) == outside(answer)
+    new = [nat.send(udp(f"100.64.0.2:{6000 + n} > 198.51.100.1:53")) for n in range(4)]
+    assert {outside(answer).split(":")[0] for answer in new} == {"203.0.113.2"}
+    draining = [
+        a["address"] for a in nat.ctl(cmd="show", what="pools")["pools"][0]["addresses"] if a["draining"]
+    ]
+    assert draining == ["203.0.113.1", "203.0.113.3", "203.0.113.4"]
+    nat.wait(1000)
+    nat.wait(1)
+    assert nat.ctl(cmd="reload")["ok"]
+    assert len(nat.ctl(cmd="show", what="pools")["pools"][0]["addresses"]) == 1
