@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-unit test-net test-image lint fmt image audit boot flash clean
+.PHONY: help setup build demo test test-unit test-net test-image lint fmt bench bench-gate image audit boot flash clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  %-11s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ lint: build ## ruff, mypy --strict, clang-format, and the rules of the house
 
 fmt: setup ## format Python and C in place
 	@.venv/bin/ruff format && .venv/bin/ruff check --fix && git ls-files '*.[ch]' | xargs .venv/bin/clang-format -i
+
+bench: build ## what a packet costs, beside the peers: .build/bench/bench.json and cycles.svg
+	@$(PYTHON) -m tests.bench
+
+bench-gate: build ## red when the work tree is slower than BASE=commit (default: where it left origin/main)
+	@$(PYTHON) -m tests.bench.gate $(BASE)
 
 image: setup ## build the gateway image into .build/image
 	@$(PYTHON) -m image.build

@@ -22,6 +22,8 @@ packages=(
 	# the proof: namespaces, real clients and servers
 	iproute2 procps nftables iptables ethtool tcpdump traceroute iputils-ping iputils-arping curl nginx iperf3 bind9-dnsutils
 	dnsmasq-base natpmpc keepalived openssh-client openssh-server git make
+	# the measurements
+	valgrind util-linux
 )
 services=(nginx:nginx keepalived:keepalived openssh-server:ssh) # package:unit, for packages that bring a service
 

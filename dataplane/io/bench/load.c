@@ -172,6 +172,7 @@ void load_frame(struct load *load, uint32_t at, uint64_t flow, uint8_t iface, bo
 	ip[0] = 0x45;
 	nat_write16(ip + NAT_IP_LENGTH, FRAME_BYTES - ETHER_BYTES);
 	nat_put16(ip + NAT_IP_ID, (uint16_t)flow);
+	nat_write16(ip + NAT_IP_FRAGMENT, NAT_IP_DF); /* as nearly all hosts send TCP and UDP */
 	ip[NAT_IP_TTL] = 64;
 	ip[NAT_IP_PROTOCOL] = load->protocol;
 	if (iface == INSIDE) {
