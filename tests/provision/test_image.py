@@ -6,7 +6,6 @@ One machine serves all tests of this file, in their order; each leaves it with w
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -78,8 +77,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
             found = Gateway(machine, folder, key)
             found.run(found.fleet(window_s=120), "push", "--yes")
             yield found
-        for tap in taps:
-            os.close(tap)
 
 
 def test_a_gateway_from_the_factory_is_configured_by_its_first_push(gateway: Gateway) -> None:
