@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench import machine
-from tests.bench.__main__ import Row, run_program
+from tests.bench.run import Row, run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / ".build/bench"
