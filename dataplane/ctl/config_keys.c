@@ -502,8 +502,10 @@ static bool read_static(struct config *config, const struct node *node, struct n
 			     "a static mapping gives \"protocol\" and \"port\" together (one port is "
 			     "forwarded) or "
 			     "neither (the whole address is the host's)");
-	return config_read_address(config, value[INSIDE], "inside", &out->inside) &
-	       config_read_address(config, value[OUTSIDE], "outside", &out->outside);
+	/* Both are read whatever the first one says, so that both errors are told. */
+	const bool inside = config_read_address(config, value[INSIDE], "inside", &out->inside);
+	const bool outside = config_read_address(config, value[OUTSIDE], "outside", &out->outside);
+	return inside && outside;
 }
 
 static void read_statics(struct config *config, const struct node *node, struct places *places)
