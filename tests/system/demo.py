@@ -116,7 +116,10 @@ class Stages:
 def program(
     argv: Sequence[str], log: Path, *, status: int, stages: Stages, relay: str = "", expected: int = 0
 ) -> None:
-    """Runs one of our own tools with its output in `log`; lines that start with `relay` are shown, too."""
+    """Runs one of our own tools with its output in `log`; lines that start with `relay` are shown, too.
+
+    It is in a session of its own, so that a Ctrl-C reaches it once, from us, and it can clean up.
+    """
     tail: deque[str] = deque(maxlen=15)
     with (
         log.open("w", buffering=1) as sink,
@@ -127,6 +130,7 @@ def program(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         ) as process,
     ):
         assert process.stdout is not None
@@ -137,7 +141,7 @@ def program(
                 if relay and line.startswith(relay):
                     stages.say(line.rstrip())
         except BaseException:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
             raise
     if process.returncode != expected:
         end = "\n".join(f"    {line}" for line in tail)
