@@ -62,7 +62,7 @@ EXTRA_COMMAND_LINE = (
 )
 HOPELESS = re.compile(
     r"Kernel panic|You are in emergency mode|Failed to start|Failed to mount|\[FAILED\]"
-    r"|dm-verity.*corrupted|BdsDxe: No bootable option|No bootable device"
+    r"|verity: .*corrupted|BdsDxe: No bootable option|No bootable device"
 )
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|[\r\x00-\x08\x0b-\x1f]")
 

@@ -1,0 +1,166 @@
+"""nic.sh on a made-up machine: what it would do (`nic plan`), and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+NIC = Path(__file__).resolve().parents[2] / "image/nic.sh"
+MANAGEMENT, INSIDE, OUTSIDE = "0000:00:02.0", "0000:00:03.0", "0000:00:04.0"
+
+
+@dataclass
+class Box:
+    """A /sys of three NICs, and stand-ins for the programs that nic.sh asks."""
+
+    top: Path
+
+    @property
+    def sys(self) -> Path:
+        return self.top / "sys"
+
+    def program(self, name: str, script: str) -> None:
+        path = self.top / "bin" / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    def nic(self, name: str, pci: str, *, vendor: str = "0x8086", iommu: bool = False) -> None:
+        device = self.sys / "devices/pci0000:00" / pci
+        (device / "net" / name).mkdir(parents=True)
+        (device / "vendor").write_text(f"{vendor}\n")
+        (device / "net" / name / "address").write_text("52:54:00:00:00:01\n")
+        if iommu:
+            (device / "iommu_group").mkdir()
+        for link, target in (
+            (self.sys / "bus/pci/devices" / pci, device),
+            (self.sys / "class/net" / name, device / "net" / name),
+            (device / "net" / name / "device", device),
+        ):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(target)
+
+    def facts(self, *lines: str) -> None:
+        (self.top / "facts").write_text("".join(f"{line}\n" for line in lines))
+        (self.top / "dsnatd.yaml").write_text("")
+
+    def plan(self) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", str(NIC), "plan"],
+            env={
+                "PATH": f"{self.top / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
+                "DSNAT_SYS": str(self.sys),
+                "DSNAT_CONFIG": str(self.top / "dsnatd.yaml"),
+            },
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Box:
+    one = Box(tmp_path)
+    (tmp_path / "bin").mkdir()
+    one.program("dsnatd", f'[ "$1" = --facts ] && cat {tmp_path}/facts')
+    one.program("ss", "exit 0")
+    one.program("ip", '[ "$1 $2" = "link show" ] && exit 1; exit 0')
+    one.program("ethtool", "echo 'generic-receive-offload: on'; echo 'large-receive-offload: off [fixed]'")
+    for name, pci in (("mgmt0", MANAGEMENT), ("ens3", INSIDE), ("ens4", OUTSIDE)):
+        one.nic(name, pci)
+    return one
+
+
+def test_without_an_iommu_a_nic_goes_to_uio_and_gets_a_twin_that_outlives_the_engine(box: Box) -> None:
+    box.facts(f"interface inside0 inside dpdk {INSIDE}")
+    done = box.plan()
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert f"driverctl --nosave set-override {INSIDE} uio_pci_generic" in lines
+    assert "ip tuntap add dev inside0 mode tap multi_queue" in lines
+    assert lines.index("ip link set dev ens3 down") < lines.index(
+        f"driverctl --nosave set-override {INSIDE} uio_pci_generic"
+    )
+
+
+def test_behind_an_iommu_a_nic_goes_to_vfio(box: Box) -> None:
+    box.nic("ens5", "0000:00:05.0", iommu=True)
+    box.facts("interface outside0 outside dpdk 0000:00:05.0")
+    assert "driverctl --nosave set-override 0000:00:05.0 vfio-pci" in box.plan().stdout
+
+
+def test_a_locked_down_kernel_without_an_iommu_is_refused_and_nfqueue_offered(box: Box) -> None:
+    lockdown = box.sys / "kernel/security/lockdown"
+    lockdown.parent.mkdir(parents=True)
+    lockdown.write_text("none [integrity] confidentiality\n")
+    box.facts(f"interface inside0 inside dpdk {INSIDE}")
+    done = box.plan()
+    assert done.returncode == 1
+    assert "Secure Boot" in done.stderr
+    assert "use path: nfqueue" in done.stderr
+    assert "set-override" not in done.stdout
+
+
+def test_a_mellanox_nic_keeps_its_driver(box: Box) -> None:
+    box.nic("ens6", "0000:00:06.0", vendor="0x15b3")
+    box.facts("interface inside0 inside dpdk 0000:00:06.0")
+    done = box.plan()
+    assert done.returncode == 0, done.stderr
+    assert "set-override" not in done.stdout
+    assert "ip tuntap add dev inside0 mode tap multi_queue" in done.stdout
+
+
+def test_the_management_nic_is_refused(box: Box) -> None:
+    box.facts(f"interface inside0 inside dpdk {MANAGEMENT}")
+    done = box.plan()
+    assert done.returncode == 1
+    assert "mgmt0 (0000:00:02.0) is not given to the engine: it is the management interface" in done.stderr
+    assert "set-override" not in done.stdout
+
+
+def test_a_nic_that_an_ssh_session_comes_in_by_is_refused(box: Box) -> None:
+    box.program("ss", "echo '0 0 192.0.2.7:22 192.0.2.99:50000'")
+    box.program(
+        "ip", '[ "$1 $2" = "link show" ] && exit 1; [ "$5" = 192.0.2.7 ] && echo "3: ens3 inet"; exit 0'
+    )
+    box.facts(f"interface inside0 inside dpdk {INSIDE}", f"interface outside0 outside dpdk {OUTSIDE}")
+    done = box.plan()
+    assert done.returncode == 1
+    assert (
+        f"ens3 ({INSIDE}) is not given to the engine: an SSH session to this gateway comes in by it"
+        in done.stderr
+    )
+    assert f"set-override {OUTSIDE}" in done.stdout, "the others are set up all the same"
+
+
+def test_the_last_nic_is_refused(tmp_path: Path, box: Box) -> None:
+    for name in ("mgmt0", "ens4"):
+        (box.sys / "class/net" / name).unlink()
+    box.facts(f"interface inside0 inside dpdk {INSIDE}")
+    done = box.plan()
+    assert done.returncode == 1
+    assert "it is the only NIC the kernel has" in done.stderr
+
+
+def test_a_device_that_is_not_there_is_named(box: Box) -> None:
+    box.facts("interface inside0 inside dpdk 0000:00:1e.0")
+    done = box.plan()
+    assert done.returncode == 1
+    assert "there is no PCI device 0000:00:1e.0" in done.stderr
+
+
+def test_nothing_merges_packets_on_a_nic_that_the_kernel_keeps(box: Box) -> None:
+    box.facts("interface wg0 inside nfqueue -")
+    done = box.plan()
+    assert done.returncode == 0, done.stderr
+    for nic in ("mgmt0", "ens3", "ens4"):
+        assert f"ethtool -K {nic} gro off" in done.stdout
+        assert f"ethtool -K {nic} lro off" not in done.stdout, "it is off already, and fixed"
+
+
+def test_a_wrong_verb_is_a_usage_error() -> None:
+    done = subprocess.run(["sh", str(NIC), "dance"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage: nic" in done.stderr
