@@ -417,7 +417,7 @@ class Agent:
             files[name] = {"sha256": digest(data), "text": _without_secrets(data.decode(errors="replace"))}
         said = manifest.get("files", {})
         drift = sorted(n for n in said.keys() | files.keys() if said.get(n) != files.get(n, {}).get("sha256"))
-        units = ("dsnatd", "dsnat-nic", "dsnat-failclosed", "keepalived", "systemd-networkd")
+        units = ("dsnatd", "dsnat-nic", "dsnat-failclosed", "keepalived", "bird", "systemd-networkd")
         _, active = machine.run(["systemctl", "is-active", *(f"{u}.service" for u in units)], 10.0)
         state.update(
             agent=VERSION,
@@ -770,6 +770,10 @@ class Agent:
             )
             if status != 0 or path.stat().st_size == 0:
                 problems.append(text or f"keepalived -t ended with {status}")
+        if "bird.conf" in files:
+            status, text = self.machine.run(["bird", "-p", "-c", str(directory / "bird.conf")], 30.0)
+            if status != 0:
+                problems.append(text or f"bird -p ended with {status}")
         if problems:
             text = "\n".join(problems).replace(f"{directory}/", "")
             raise Refused("invalid", f"the gateway's own programs refuse the configuration:\n{text}")
@@ -847,6 +851,8 @@ class Agent:
             checks["engine"] = self._engine_ill
         if VRRP in files:
             checks["keepalived"] = lambda: self._unit_ill("keepalived")
+        if "bird.conf" in files:
+            checks["bird"] = lambda: self._unit_ill("bird")
         found: list[Json] = []
         for name, ill in checks.items():
             while (text := ill()) is not None and self.machine.clock() < end:

@@ -406,6 +406,25 @@ class Vrrp(Model):
     authentication: Authentication | None = None
 
 
+As = Annotated[int, Field(ge=1, le=4_294_967_295)]
+
+
+class Neighbor(Model):
+    address: IPv4Address
+    as_number: As = Field(alias="as")
+
+
+class Bgp(Model):
+    """Pools are announced to the neighbours; whoever is master gets their packets."""
+
+    as_number: As = Field(alias="as")
+    neighbors: Annotated[tuple[Neighbor, ...], Field(min_length=1)]
+    announce: Literal["pools", "none"] = "pools"
+    accept: Literal["default", "all", "none"] = Field(
+        default="default", description="routes taken from the neighbours: the default route, all, none"
+    )
+
+
 class Route(Model):
     to: Annotated[str, BeforeValidator(lambda value: value if value == "default" else str(_network(value)))]
     via: IPv4Address
@@ -454,6 +473,7 @@ class Service(Model):
     refusal: Literal["silent", "icmp-admin", "icmp-host"] | None = None
     other_protocols: Literal["drop", "pass"] | None = None
     static: tuple[Static, ...] = ()
+    bgp: Bgp | None = None
     probes: tuple[IPv4Address, ...] = Field(
         default=(), description="addresses outside that must answer a ping before a change is kept"
     )

@@ -18,11 +18,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address, IPv4Interface, summarize_address_range
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provision.model import Fleet, Gateway, Pool, Service, Vrrp, milliseconds
+from provision.model import Bgp, Fleet, Gateway, Pool, Service, Vrrp, milliseconds
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -31,6 +31,7 @@ Secret = Callable[[str], str]
 
 ENGINE = "dsnatd.yaml"
 VRRP = "keepalived.conf"
+BGP = "bird.conf"
 KEYS = "authorized_keys/root"
 MANAGEMENT = "network/10-management.network"
 POOL_KEYS = (
@@ -78,6 +79,8 @@ def render(fleet: Fleet, name: str, *, secret: Secret) -> Rendered:
             secrets.add(password)
         text = _keepalived(fleet, name, gateway, service.vrrp, password)
         files[VRRP] = File(text, 0o600 if password else 0o644)
+    if service.bgp is not None:
+        files[BGP] = File(_bird(fleet, name, gateway, service, service.bgp))
     for position, interface in enumerate(gateway.interfaces):
         text = _network(fleet, name, interface)
         files[f"network/{20 + position}-{interface}.network"] = File(text)
@@ -183,6 +186,36 @@ def _keepalived(fleet: Fleet, name: str, gateway: Gateway, vrrp: Vrrp, password:
         preempt_delay_s=milliseconds(vrrp.preempt_delay) // 1000,
         instances=instances,
         password=password,
+    )
+
+
+def _bird(fleet: Fleet, name: str, gateway: Gateway, service: Service, bgp: Bgp) -> str:
+    used = dict.fromkeys(zone.pool for zone in service.zones if zone.pool in fleet.pools)
+    spans = [span for pool in used if pool is not None for span in fleet.pools[pool].spans()]
+    prefixes = [
+        prefix
+        for first, last in spans
+        for prefix in summarize_address_range(IPv4Address(first), IPv4Address(last))
+    ]
+    neighbors = []
+    for neighbor in bgp.neighbors:
+        interface = interface_of(gateway, neighbor.address) or ""
+        floating = service.vrrp.instances.get(interface) if service.vrrp is not None else None
+        neighbors.append(
+            {
+                "address": neighbor.address,
+                "as_number": neighbor.as_number,
+                "own": _own_address(gateway, interface),
+                "next_hop": floating.addresses[0].ip if floating is not None else None,
+            }
+        )
+    return _fill(
+        "bird.conf.j2",
+        gateway=name,
+        bgp=bgp,
+        router_id=neighbors[0]["own"],
+        prefixes=prefixes if bgp.announce == "pools" else [],
+        neighbors=neighbors,
     )
 
 

@@ -390,6 +390,24 @@ def routes_have_a_way(fleet: Fleet, at: Source) -> Iterator[Problem]:
                 yield at.problem(loc, f"the next hop {via} is in no prefix of an interface of {name}")
 
 
+def neighbors_are_connected(fleet: Fleet, at: Source) -> Iterator[Problem]:
+    for where, service, members in fleet.services():
+        if service.bgp is None:
+            continue
+        seen: dict[IPv4Address, Loc] = {}
+        for i, neighbor in enumerate(service.bgp.neighbors):
+            loc: Loc = (*where, "bgp", "neighbors", i, "address")
+            for name in members:
+                if interface_of(fleet.gateways[name], neighbor.address) is None:
+                    text = f"the neighbour {neighbor.address} is in no prefix of an interface of {name}"
+                    yield at.problem(loc, text)
+            if neighbor.address in seen:
+                yield at.problem(
+                    loc, f"{neighbor.address} is a neighbour twice", other=seen[neighbor.address]
+                )
+            seen.setdefault(neighbor.address, loc)
+
+
 def zones_can_be_reached(fleet: Fleet, at: Source) -> Iterator[Problem]:
     """First match wins: a zone behind one that matches all of it never matches."""
     for where, service, members in fleet.services():
@@ -501,6 +519,7 @@ RULES: tuple[Rule, ...] = (
     vrrp_fits_the_interfaces,
     vrrp_ids_are_unique_per_segment,
     routes_have_a_way,
+    neighbors_are_connected,
     zones_can_be_reached,
     pools_are_large_enough,
     management_stays_reachable,

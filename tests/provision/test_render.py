@@ -45,6 +45,7 @@ pairs:
     tcp_midflow: reset
     refusal: icmp-admin
     other_protocols: pass
+    bgp: {{as: 65001, neighbors: [{{address: 198.51.100.254, as: 65000}}]}}
     static:
       - {{inside: 100.64.0.8, outside: 203.0.113.2}}
       - {{inside: 100.64.0.9, outside: 203.0.113.1, protocol: tcp, port: 80, inside_port: 8080}}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,20 @@ def test_ctrl_c_lets_what_is_in_flight_end_and_says_that_nothing_is_armed(gatewa
     assert "interrupted; nothing is left armed" in said
     assert gateway.current() == 1
     assert not (gateway.root / "pending").exists()
+
+
+def test_a_gateway_behind_a_jump_host_is_reached_with_both_keys_pinned(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    with running(tmp_path / "hop", "hop") as hop:
+        jump = Target("hop", "127.0.0.1", hop.port, user(), hop.host_key, hop.identity)
+        target = Target(
+            "gw1", "127.0.0.1", gateway.port, user(), gateway.host_key, gateway.identity, jump=jump
+        )
+        with SshRemote("gw1", dial(target)) as remote:
+            assert remote.ask({"do": "status"}, deadline_s=10)["generation"] == 0
+        wrong = replace(target, jump=replace(jump, host_key=gateway.host_key))
+        with pytest.raises(HostKeyMismatch, match=f"127.0.0.1:{hop.port} shows another host key"):
+            dial(wrong)
+        with pytest.raises(HostKeyMismatch, match=f"127.0.0.1:{gateway.port} shows another host key"):
+            dial(replace(target, host_key=hop.host_key))

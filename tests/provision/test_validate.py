@@ -208,6 +208,16 @@ CASES: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         ],
         "a forwarded port needs both protocol and port",
     ),
+    "a neighbour that is not connected": (
+        LONE,
+        [
+            (
+                "    routes:\n",
+                "    bgp: {as: 65001, neighbors: [{address: 192.0.2.9, as: 65000}]}\n    routes:\n",
+            )
+        ],
+        "the neighbour 192.0.2.9 is in no prefix of an interface of gw1",
+    ),
     "an interface called all": (LONE, [("outside0", "all")], "the name all is taken by Linux"),
     "one host key for two": (PAIR, [(KEYS[1], KEYS[0])], "host key is given to two places"),
     "one outside address for two": (
