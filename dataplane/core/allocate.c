@@ -270,10 +270,7 @@ static void begin_under_mapping(struct nat_engine *e, struct nat_pkt *pkt, const
 			nat_session_end(e, mapping); /* made for this packet */
 		return;
 	}
-	if (m->timer == NAT_TIMER_HOLD) {
-		nat_wheel_take(e, mapping);
-		m->timer = want.timer;
-	}
+	nat_session_resume(e, mapping, (enum nat_timer)want.timer);
 	m->references++;
 }
 
@@ -513,9 +510,9 @@ enum nat_map_result nat_engine_map(struct nat_engine *e, struct nat_map *ask, ui
 			return result;
 	}
 	struct nat_session *m = &e->record[mapping];
+	nat_session_resume(e, mapping,
+			   ask->protocol == NAT_PROTO_TCP ? NAT_TIMER_TCP_OPENING : NAT_TIMER_UDP);
 	nat_wheel_take(e, mapping);
-	if (m->timer == NAT_TIMER_HOLD)
-		m->timer = ask->protocol == NAT_PROTO_TCP ? NAT_TIMER_TCP_OPENING : NAT_TIMER_UDP;
 	if (!(m->flags & NAT_RECORD_ASKED)) {
 		m->references++;
 		nat_host_add(e, ask->host_be, m->out_addr_be);

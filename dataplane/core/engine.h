@@ -121,6 +121,7 @@ struct nat_engine {
 	uint32_t n_free, free_room;
 	uint32_t n_records;    /* the table's */
 	uint64_t records_left; /* of params.max_sessions */
+	uint32_t mappings_held; /* in NAT_TIMER_HOLD */
 	struct nat_world world;
 	struct nat_random random;
 	struct nat_counters counters;
@@ -219,6 +220,9 @@ uint32_t nat_session_mapping(struct nat_engine *e, const struct nat_session *s);
 
 /* Has the inside sent to this remote address over this mapping (RFC 4787 address-dependent filtering)? */
 bool nat_session_permits(struct nat_engine *e, const struct nat_session *mapping, uint32_t remote_be);
+
+/* A mapping on hold is in use again; others stay as they are. */
+void nat_session_resume(struct nat_engine *e, uint32_t mapping, enum nat_timer timer);
 
 /* The time that the host asked for is over, or it needs the mapping no longer: from now on only sessions keep it. */
 void nat_session_lapse(struct nat_engine *e, uint32_t mapping);

@@ -105,6 +105,7 @@ struct nat_timeouts { /* seconds */
 struct nat_limits { /* 0: none */
 	uint32_t sessions_per_host, new_per_host_per_s;
 	uint32_t icmp_errors_per_s; /* made by the gateway, per worker */
+	uint32_t held_ports;        /* ports that rest after use, per worker (RFC 6888 REQ-8) */
 	uint32_t fragments;         /* datagrams in fragments followed at once, per worker */
 };
 

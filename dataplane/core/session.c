@@ -276,13 +276,25 @@ static void leave_mapping(struct nat_engine *e, uint32_t mapping)
 
 	if (m->references > 0)
 		return;
-	if ((m->flags & NAT_RECORD_HOLDS) && e->timeout_s[NAT_TIMER_HOLD] > 0) {
+	const uint32_t most = e->policy->limits.held_ports;
+	if ((m->flags & NAT_RECORD_HOLDS) && e->timeout_s[NAT_TIMER_HOLD] > 0 &&
+	    (most == 0 || e->mappings_held < most)) {
+		e->mappings_held++;
 		m->timer = NAT_TIMER_HOLD;
 		m->last_seen_s = e->now_s;
 		nat_wheel_hang(e, mapping);
 	} else {
 		nat_session_end(e, mapping);
 	}
+}
+
+void nat_session_resume(struct nat_engine *e, uint32_t mapping, enum nat_timer timer)
+{
+	if (e->record[mapping].timer != NAT_TIMER_HOLD)
+		return;
+	e->mappings_held--;
+	nat_wheel_take(e, mapping);
+	e->record[mapping].timer = (uint8_t)timer;
 }
 
 void nat_session_lapse(struct nat_engine *e, uint32_t mapping)
@@ -305,6 +317,7 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 	const struct nat_tuple outside = nat_session_outside(&gone);
 
 	NAT_ASSERT(gone.timer != NAT_TIMER_FREE);
+	e->mappings_held -= gone.timer == NAT_TIMER_HOLD;
 	*(volatile uint8_t *)&s->timer = NAT_TIMER_FREE;
 	atomic_signal_fence(memory_order_release);
 	nat_index_remove(&e->index, nat_tuple_hash(&e->index.key, &gone.inside), record, 0);
@@ -473,6 +486,7 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 		s->references = (s->flags & NAT_RECORD_ASKED) != 0;
 		if (s->references != 0)
 			nat_host_add(e, s->inside.local_be, s->out_addr_be);
+		e->mappings_held += s->timer == NAT_TIMER_HOLD;
 		if (s->timer == NAT_TIMER_HOLD || s->references != 0)
 			nat_wheel_hang(e, record);
 		return;
@@ -487,10 +501,7 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 		add_permit(e, record);
 	if (mapping != NAT_NO_RECORD) {
 		struct nat_session *m = &e->record[mapping];
-		if (m->timer == NAT_TIMER_HOLD) {
-			nat_wheel_take(e, mapping);
-			m->timer = s->timer;
-		}
+		nat_session_resume(e, mapping, (enum nat_timer)s->timer);
 		m->references++;
 	}
 }

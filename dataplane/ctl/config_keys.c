@@ -532,10 +532,11 @@ static void read_statics(struct config *config, const struct node *node, struct 
 
 static void read_limits(struct config *config, const struct node *node)
 {
-	enum { SESSIONS, NEW, ICMP_ERRORS, FRAGMENTS };
+	enum { SESSIONS, NEW, ICMP_ERRORS, HELD, FRAGMENTS };
 	static const struct key keys[] = {[SESSIONS] = {"sessions_per_host", false},
 					  [NEW] = {"new_per_host_per_s", false},
 					  [ICMP_ERRORS] = {"icmp_errors_per_s", false},
+					  [HELD] = {"held_ports", false},
 					  [FRAGMENTS] = {"fragments", false}};
 	struct nat_limits *limits = &config->nat.limits;
 	const struct node *value[COUNT(keys)];
@@ -547,6 +548,7 @@ static void read_limits(struct config *config, const struct node *node)
 	config_read_u32(config, value[NEW], keys[NEW].name, 0, 1000000, &limits->new_per_host_per_s);
 	config_read_u32(config, value[ICMP_ERRORS], keys[ICMP_ERRORS].name, 1, 1000000,
 			&limits->icmp_errors_per_s);
+	config_read_u32(config, value[HELD], keys[HELD].name, 0, CONFIG_SESSIONS_MAX, &limits->held_ports);
 	config_read_u32(config, value[FRAGMENTS], keys[FRAGMENTS].name, 16, 1u << 20, &limits->fragments);
 }
 

@@ -166,13 +166,14 @@ static json_t *config_json(const struct nat_config *nat)
 	for (uint32_t i = 0; i < nat->n_statics; i++)
 		json_array_append_new(statics, static_json(&nat->statics[i]));
 	return json_pack(
-		"{s:{s:o, s:o}, s:o, s:o, s:o, s:o, s:{s:o, s:o, s:o, s:o}, s:o, s:s, s:s, s:s, s:s}",
+		"{s:{s:o, s:o}, s:o, s:o, s:o, s:o, s:{s:o, s:o, s:o, s:o, s:o}, s:o, s:s, s:s, s:s, s:s}",
 		"engine", "workers", nat->workers ? request_number(nat->workers) : json_string("auto"),
 		"max_sessions", request_number(nat->max_sessions), "interfaces", interfaces, "pools", pools,
 		"zones", zones, "static", statics, "limits", "sessions_per_host",
 		request_number(nat->limits.sessions_per_host), "new_per_host_per_s",
 		request_number(nat->limits.new_per_host_per_s), "icmp_errors_per_s",
-		request_number(nat->limits.icmp_errors_per_s), "fragments",
+		request_number(nat->limits.icmp_errors_per_s), "held_ports",
+		request_number(nat->limits.held_ports), "fragments",
 		request_number(nat->limits.fragments), "timeouts", timeouts_json(&nat->timeouts),
 		"tcp_midflow", config_midflow_word(nat->tcp_midflow), "refusal",
 		config_refusal_word(nat->refusal), "other_protocols",

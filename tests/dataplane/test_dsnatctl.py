@@ -373,7 +373,7 @@ zones:
   - {source: 100.67.0.0/16, pool: c}
 static:
   - {inside: 100.64.0.9, outside: 203.0.113.2, protocol: tcp, port: 2500, inside_port: 2525}
-limits: {fragments: 16, sessions_per_host: 7, new_per_host_per_s: 8, icmp_errors_per_s: 9}
+limits: {fragments: 16, sessions_per_host: 7, new_per_host_per_s: 8, icmp_errors_per_s: 9, held_ports: 10}
 timeouts: {dns: 0s, udp: 9m}
 tcp_midflow: reset
 refusal: icmp-host
