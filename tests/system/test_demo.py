@@ -99,3 +99,19 @@ def test_a_second_demo_in_one_checkout_is_refused(
         demo.take_lock(first)
         assert demo.main([]) == demo.LACKING
     assert "another demo runs in this checkout" in capsys.readouterr().err
+
+
+def test_a_build_ends_with_the_demo_that_started_it(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    script = (
+        "import pathlib, signal; from tests.system import demo\n"
+        "signal.signal(signal.SIGTERM, demo.interrupt)\n"
+        f"build = ['sh', '-c', 'echo $$ > {pid_file}; exec sleep 100']\n"
+        f"demo.program(build, pathlib.Path('{tmp_path}/log'), status=4, stages=demo.Stages(total=1))\n"
+    )
+    argv = [sys.executable, "-c", script]
+    with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        text = wait_until("the build to start", lambda: pid_file.exists() and pid_file.read_text().strip())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) != 0
+    assert not Path("/proc", str(text)).exists()
