@@ -173,11 +173,10 @@ static json_t *config_json(const struct nat_config *nat)
 		request_number(nat->limits.sessions_per_host), "new_per_host_per_s",
 		request_number(nat->limits.new_per_host_per_s), "icmp_errors_per_s",
 		request_number(nat->limits.icmp_errors_per_s), "held_ports",
-		request_number(nat->limits.held_ports), "fragments",
-		request_number(nat->limits.fragments), "timeouts", timeouts_json(&nat->timeouts),
-		"tcp_midflow", config_midflow_word(nat->tcp_midflow), "refusal",
-		config_refusal_word(nat->refusal), "other_protocols",
-		nat->pass_other_protocols ? "pass" : "drop", "port_control",
+		request_number(nat->limits.held_ports), "fragments", request_number(nat->limits.fragments),
+		"timeouts", timeouts_json(&nat->timeouts), "tcp_midflow",
+		config_midflow_word(nat->tcp_midflow), "refusal", config_refusal_word(nat->refusal),
+		"other_protocols", nat->pass_other_protocols ? "pass" : "drop", "port_control",
 		nat->port_control ? "on" : "off");
 }
 

@@ -366,8 +366,7 @@ static void check_forwarded(const struct lab *lab, const struct nat_pkt *pkt, co
 		CHECK(!is_inside(NAT_NTOH32(source_be)));
 	CHECK(total == (cut ? pkt->len_bytes : nat_read16(came + NAT_IP_LENGTH)));
 	for (unsigned i = 0; i < total; i++)
-		CHECK(left[i] == came[i] || may_write(came, i) ||
-		      (cut && in_range(i, NAT_IP_LENGTH, 6)));
+		CHECK(left[i] == came[i] || may_write(came, i) || (cut && in_range(i, NAT_IP_LENGTH, 6)));
 	if (cut)
 		return;
 	if ((nat_read16(came + NAT_IP_FRAGMENT) & (NAT_IP_MF | NAT_IP_OFFSET_MASK)) ||

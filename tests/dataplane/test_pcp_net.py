@@ -30,9 +30,7 @@ def test_rfc6888_req9_natpmpc_opens_a_port_that_the_outside_reaches(
     assert address[1] in POOL
     listener = gateway.client.inside(lambda: socket.create_server((CLIENT, 8080)))
     listener.settimeout(10)
-    knock = gateway.server.start(
-        "curl", "-s", "-m", "5", f"http://{address[1]}:{mapped[1]}", log="knock.log"
-    )
+    knock = gateway.server.start("curl", "-s", "-m", "5", f"http://{address[1]}:{mapped[1]}", log="knock.log")
     with listener:
         connection, remote = listener.accept()
     connection.close()
