@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-unit test-net test-image lint fmt bench bench-gate image audit boot flash clean
+.PHONY: help setup build demo test test-unit test-net test-image lint fmt bench bench-gate rfc image audit boot flash clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  %-11s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench: build ## what a packet costs, beside the peers: .build/bench/bench.json a
 
 bench-gate: build ## red when the work tree is slower than BASE=commit (default: where it left origin/main)
 	@$(PYTHON) -m tests.bench.gate $(BASE)
+
+rfc: setup ## which RFC requirements are met, in which mode, and which test saw it
+	@$(PYTHON) -m tests.rfc
 
 image: setup ## build the gateway image into .build/image
 	@$(PYTHON) -m image.build

@@ -2,8 +2,8 @@
 
 The list is the table in dataplane/README.md whose rows begin with an RFC:
 
-    | RFC 4787 REQ-1 | met | not met | endpoint-dependent gives it up: ports are per remote |
-      requirement      EIM   ED        note
+    | RFC 4787 REQ-1 | MUST | met | not met | one outside port for one inside port, whatever the destination |
+      requirement      level  EIM   ED        note
 
 The tests are joined by name: RFC 4787 REQ-14a is seen by every test whose name begins with
 test_rfc4787_req14a_. A "met" without a test, a test without a row, and a word that is not one of met, not met
@@ -24,11 +24,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("met", "not met", "n/a")
+LEVELS = ("MUST", "SHOULD", "RECOMMENDED", "MAY", "info")  # RFC 2119; info: the RFC asks for nothing
 
 
 @dataclass(frozen=True)
 class Row:
     requirement: str
+    level: str
     independent: str
     dependent: str
     note: str
@@ -44,7 +46,7 @@ def read_rows(page: str) -> list[Row]:
     rows = []
     for line in page.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if line.startswith("| RFC ") and len(cells) == 4:
+        if line.startswith("| RFC ") and len(cells) == 5:
             rows.append(Row(*cells))
     return rows
 
@@ -52,34 +54,64 @@ def read_rows(page: str) -> list[Row]:
 def test_names(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_rfc"):
+            if isinstance(node, ast.FunctionDef) and re.match(r"test_rfc\d", node.name):
                 yield node.name
 
 
 def join(rows: Sequence[Row], names: Sequence[str]) -> tuple[Mapping[str, list[str]], list[str]]:
     """Tests by requirement, and what is wrong."""
-    seen = {row.requirement: [name for name in names if name.startswith(row.prefix)] for row in rows}
-    wrong = [f"{row.requirement}: {word!r} is not one of {', '.join(WORDS)}" for row in rows
-             for word in (row.independent, row.dependent) if word not in WORDS]  # fmt: skip
-    wrong += [f"{row.requirement} is met, but no test is named {row.prefix}..." for row in rows
-              if "met" in (row.independent, row.dependent) and not seen[row.requirement]]  # fmt: skip
-    joined = {name for group in seen.values() for name in group}
-    wrong += [f"{name} belongs to no row of the table" for name in names if name not in joined]
+    seen: dict[str, list[str]] = {row.requirement: [] for row in rows}
+    wrong = [
+        f"{requirement} has two rows"
+        for requirement, n in Counter(row.requirement for row in rows).items()
+        if n > 1
+    ]
+    for name in names:
+        # test_rfc7857_s2_1_ is of section 2.1, though it begins as section 2 does
+        owner = max(
+            (row for row in rows if name.startswith(row.prefix)),
+            key=lambda row: len(row.prefix),
+            default=None,
+        )
+        if owner:
+            seen[owner.requirement].append(name)
+        else:
+            wrong.append(f"{name} belongs to no row of the table")
+    for row in rows:
+        for word, known in ((row.independent, WORDS), (row.dependent, WORDS), (row.level, LEVELS)):
+            if word not in known:
+                wrong.append(f"{row.requirement}: {word!r} is not one of {', '.join(known)}")
+        if "met" in (row.independent, row.dependent) and not seen[row.requirement]:
+            wrong.append(f"{row.requirement} is met, but no test is named {row.prefix}...")
+        if not row.note:
+            wrong.append(f"{row.requirement} does not say what or why")
     if not rows:
         wrong.append("dataplane/README.md has no row that begins with `| RFC`")
     return seen, wrong
 
 
+def counts(words: Sequence[str]) -> str:
+    count = Counter(words)
+    return ", ".join(f"{count[word]} {word}" for word in WORDS)
+
+
 def main() -> int:
     rows = read_rows((ROOT / "dataplane/README.md").read_text())
     seen, wrong = join(rows, list(test_names(ROOT / "tests")))
-    print(f"{'requirement':<22}{'EIM':<9}{'ED':<9}{'tests':>5}  note")
+    print(f"{'requirement':<17}{'level':<12}{'EIM':<9}{'ED':<9}{'tests':>5}  what, or why not")
     for row in rows:
-        words = f"{row.independent:<9}{row.dependent:<9}"
-        print(f"{row.requirement:<22}{words}{len(seen[row.requirement]):>5}  {row.note}")
-    for mode, column in (("EIM", [row.independent for row in rows]), ("ED", [row.dependent for row in rows])):
-        count = Counter(column)
-        print(f"{mode}: " + ", ".join(f"{count[word]} {word}" for word in WORDS))
+        print(
+            f"{row.requirement:<17}{row.level:<12}{row.independent:<9}{row.dependent:<9}"
+            f"{len(seen[row.requirement]):>5}  {row.note}"
+        )
+    print()
+    for mode, words in (
+        ("EIM", [(row.level, row.independent) for row in rows]),
+        ("ED", [(row.level, row.dependent) for row in rows]),
+    ):
+        print(f"{mode + ':':<5}{counts([word for _, word in words])}")
+        print(f"{'':<5}of these MUST: {counts([word for level, word in words if level == 'MUST'])}")
+    print(f"{sum(map(len, seen.values()))} tests")
     for problem in wrong:
         print(f"rfc: {problem}", file=sys.stderr)
     return 1 if wrong else 0
