@@ -569,6 +569,62 @@ def drain(options: Options, gateway: str, undo: bool) -> None:
         print(f"{gateway}: {text}")
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--version", help="Which of the versions in FOLDER.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@shared
+def update(options: Options, folder: Path, version: str | None, yes: bool) -> None:
+    """Give gateways the image in FOLDER (made by `make image`), pair by pair, the backup first."""
+    import threading
+
+    from provision.model import milliseconds
+    from provision.plan import Change
+    from provision.push import Budget, push_all, units, waves, with_failover
+    from provision.update import BadImage, find_image, update_one
+
+    fleet = read(options)
+    names = chosen(fleet, options)
+    try:
+        image = find_image(folder, version)
+    except BadImage as error:
+        raise Exit(INVALID, str(error)) from error
+    dial, running, missing = look(fleet, names, options)
+    changes = [
+        Change(name, running[name].generation, "", (), ("engine-stop",))
+        for name in running
+        if running[name].facts.get("image") != image.version
+    ]
+    if not options.json:
+        for change in changes:
+            print(f"{change.gateway}: {running[change.gateway].facts.get('image') or '?'} -> {image.version}")
+        report_missing(missing)
+    if changes and not yes:
+        if options.json or not sys.stdin.isatty():
+            raise Exit(INVALID, "nobody to ask whether to go on; update with --yes")
+        if not click.confirm(f"update {len(changes)} gateways to {image.version}, restarting each?"):
+            raise Exit(FAILED, "nothing was changed")
+    owner = order_of(options, f"image {image.version}", 60, confirm=True).owner
+
+    def say(gateway: str, text: str) -> None:
+        if not options.json:
+            print(f"{gateway}: {text}", file=sys.stderr)
+
+    def one(change: Any) -> Result:
+        found = running[change.gateway]
+        return with_failover(
+            fleet, change, found, dial, lambda: update_one(found, image, dial, owner, say=say), say=say
+        )
+
+    stop = threading.Event()
+    rollout = fleet.defaults.rollout
+    ordered = waves(units(fleet, changes, running), rollout.first_wave_percent)
+    budget = Budget(rollout.failures, len(missing))
+    soak_s = milliseconds(rollout.soak) / 1000
+    results = push_all(ordered, one, jobs=min(options.jobs, 8), budget=budget, soak_s=soak_s, stop=stop)
+    _finish(options, (results, stop.is_set()), missing)
+
+
 @cli.command("exec", context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED)
 @shared

@@ -46,7 +46,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PROTOCOL = 1
 SCHEMA = 1
@@ -57,6 +57,7 @@ FILE_NAMES = re.compile(
     r"|chrony/[a-z-]{1,32}\.sources|authorized_keys/[a-z][a-z0-9-]{0,30}"
 )
 ENGINE, VRRP = "dsnatd.yaml", "keepalived.conf"
+UPDATE_FILES = r"gateway_[0-9A-Za-z.~+-]{1,64}\.(efi|root-x86-64(-verity)?\.[0-9a-f]{32}\.raw(\.zst)?)"
 KEEP = 50  # generations
 APPLY_MAX_S = 240.0  # the longest that services may take to come up; the deadline of a live change is its own
 WINDOW_S = (5.0, 3600.0)
@@ -87,9 +88,12 @@ class Refused(Exception):
 class Machine:
     """All that the agent needs of the gateway it runs on."""
 
+    updates = Path(os.environ.get("DSNAT_UPDATES", "/var/updates"))  # where systemd-sysupdate looks
+
     def __init__(self, root: Path, socket_path: str = "/run/dsnatd/control.sock") -> None:
         self.root = root
         self.socket_path = socket_path
+        self.payload: BinaryIO = sys.stdin.buffer  # what follows a request
 
     def clock(self) -> float:
         """Seconds since boot, suspended time included: no one can set it."""
@@ -189,6 +193,13 @@ class Machine:
                     ):
                         return True
         return False
+
+    def image_version(self) -> str:
+        with contextlib.suppress(OSError):
+            for line in Path("/etc/os-release").read_text().splitlines():
+                if line.startswith("IMAGE_VERSION="):
+                    return line.partition("=")[2].strip('"')
+        return ""
 
     def write_drain(self, on: bool) -> None:
         Path("/run/dsnat-drain").write_text("1\n" if on else "0\n")
@@ -371,6 +382,9 @@ class Agent:
             "drain": self.drain,
             "exec": self.execute,
             "probe": self.probe,
+            "receive": self.receive,
+            "update": self.update,
+            "restart": self.restart,
         }
         verb = verbs.get(str(request.get("do")))
         if verb is None:
@@ -423,7 +437,7 @@ class Agent:
             agent=VERSION,
             host=os.uname().nodename,
             uptime_s=round(machine.clock(), 1),
-            image=_image_version(),
+            image=machine.image_version(),
             manifest={k: v for k, v in manifest.items() if k != "files"},
             files=files,
             drift=drift,
@@ -645,6 +659,64 @@ class Agent:
         self.machine.write_drain(on)
         self.machine.log(f"{'drained' if on else 'no longer drained'} owner={_text(request, 'owner')}")
         return {"drained": on}
+
+    # ---- a new image ----
+
+    def receive(self, request: Json) -> Json:
+        """A part of an image, which follows the request as it is. It counts only when it arrived whole."""
+        name, size = request.get("name"), _number(request, "size", -1, 1, 8 << 30)
+        if not isinstance(name, str) or not re.fullmatch(UPDATE_FILES, name):
+            raise Refused("usage", f"{name!r} is not a part of an image")
+        with self._alone(request):
+            folder = self.machine.updates
+            folder.mkdir(mode=0o755, exist_ok=True)
+            for old in folder.glob(".*.part"):
+                old.unlink()  # of a transfer that was cut; we hold the lock
+            free = shutil.disk_usage(folder).free
+            if free < size + (64 << 20):
+                raise Refused(
+                    "failed", f"{folder} has {free >> 20} MiB free and {name} needs {size >> 20} MiB"
+                )
+            part, sha256, left = folder / f".{name}.part", hashlib.sha256(), size
+            with part.open("wb") as out:
+                while left and (data := self.machine.payload.read(min(left, 1 << 20))):
+                    out.write(data)
+                    sha256.update(data)
+                    left -= len(data)
+                out.flush()
+                self.machine.fsync(out.fileno())
+            if left or sha256.hexdigest() != request.get("sha256"):
+                part.unlink()
+                raise Refused("failed", f"{name} did not arrive whole; send it again")
+            part.replace(folder / name)
+            sync_directory(self.machine, folder)
+            return {"name": name}
+
+    def update(self, request: Json) -> Json:
+        """Writes the received version to the slot that does not run."""
+        version = _text(request, "version")
+        if not re.fullmatch(r"[0-9A-Za-z.~+-]{1,64}", version):
+            raise Refused("usage", f"{version!r} is not a version")
+        with self._alone(request):
+            status, text = self.machine.run(["systemd-sysupdate", "update", version], 850.0)
+            if status == 0:
+                status, text = self.machine.run(["systemd-sysupdate", "list", version], 60.0)
+            for part in self.machine.updates.glob(f"gateway_{version}.*"):
+                part.unlink()
+            if status != 0:
+                raise Refused("failed", f"systemd-sysupdate could not write {version}: {text}")
+            self.machine.log(f"image {version} written owner={request['owner']}")
+            return {"version": version}
+
+    def restart(self, request: Json) -> Json:
+        """Restarts the machine, not while a change waits to be confirmed: that would undo it."""
+        with self._alone(request) as owner:
+            self._drop_lease()
+            self.machine.log(f"restart owner={owner}")
+            status, text = self.machine.run(["systemctl", "reboot", "--no-block"], 30.0)
+            if status != 0:
+                raise Refused("failed", f"it could not be restarted: {text}")
+            return {}
 
     def probe(self, request: Json) -> Json:
         """Which of these addresses answer a ping: out by the engine's ports and back in, as hosts'
@@ -1029,14 +1101,6 @@ def _without_secrets(text: str) -> str:
     return re.sub(r"(?m)^(\s*auth_pass\s+)\S.*$", r"\1(secret)", text)
 
 
-def _image_version() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/etc/os-release").read_text().splitlines():
-            if line.startswith("IMAGE_VERSION="):
-                return line.partition("=")[2].strip('"')
-    return ""
-
-
 def main() -> int:
     """Without arguments: a request on standard input. With one: for units of the gateway and for its
     console.
@@ -1057,13 +1121,13 @@ def main() -> int:
     try:
         arguments = sys.argv[1:]
         if not arguments:
-            raw = sys.stdin.buffer.read(REQUEST_MAX + 1)
+            raw = sys.stdin.buffer.readline(REQUEST_MAX + 1)
             try:
                 request = json.loads(raw) if len(raw) <= REQUEST_MAX else None
             except ValueError:
                 request = None
             if not isinstance(request, dict):
-                raise Refused("usage", "a request is one JSON object on standard input")
+                raise Refused("usage", "a request is one line with a JSON object on standard input")
             result = agent.answer(request)
         elif arguments[0] == "undo" and len(arguments) == 2:
             result = agent.undo(arguments[1])

@@ -52,7 +52,9 @@ class NoAgent(GatewayError):
 class Remote(Protocol):
     """A gateway that can be asked. In production a connection, in tests whatever answers."""
 
-    def ask(self, request: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]: ...
+    def ask(
+        self, request: Mapping[str, Any], *, deadline_s: float, stream: Iterable[bytes] = ()
+    ) -> dict[str, Any]: ...
 
 
 Dial = Callable[[str], AbstractContextManager[Remote]]
@@ -62,9 +64,11 @@ class SshRemote:
     def __init__(self, name: str, connection: Connection) -> None:
         self._name, self._connection = name, connection
 
-    def ask(self, request: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
+    def ask(
+        self, request: Mapping[str, Any], *, deadline_s: float, stream: Iterable[bytes] = ()
+    ) -> dict[str, Any]:
         line = json.dumps({"protocol": PROTOCOL, **request}).encode() + b"\n"
-        done = self._connection.run([AGENT], stdin=line, deadline_s=deadline_s)
+        done = self._connection.run([AGENT], stdin=line, stream=stream, deadline_s=deadline_s)
         answer = next((text for text in reversed(done.output.splitlines()) if text.startswith("{")), None)
         if answer is None:
             said = done.output.strip().splitlines()[-1:] or [f"exit status {done.status}"]

@@ -17,6 +17,7 @@ import random
 import shlex
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -130,8 +131,15 @@ class Connection:
         self._transport, self._name, self._below = transport, name, below
 
     def run(
-        self, argv: list[str], *, stdin: bytes = b"", deadline_s: float = 60.0, output_max: int = OUTPUT_MAX
+        self,
+        argv: list[str],
+        *,
+        stdin: bytes = b"",
+        stream: Iterable[bytes] = (),
+        deadline_s: float = 60.0,
+        output_max: int = OUTPUT_MAX,
     ) -> Completed:
+        """`stream` follows `stdin`, piece by piece: it may be larger than memory."""
         command, end = shlex.join(argv), time.monotonic() + deadline_s
 
         def left() -> float:
@@ -149,6 +157,11 @@ class Connection:
             channel.settimeout(left())
             channel.exec_command(command)
             channel.sendall(stdin)
+            for data in stream:
+                if channel.closed or channel.recv_ready():
+                    break  # it has answered already: it does not want the rest
+                channel.settimeout(left())
+                channel.sendall(data)
             channel.shutdown_write()
             parts: list[bytes] = []
             size = 0

@@ -31,6 +31,9 @@ class FakeMachine(Machine):
         self.unwell: set[int] = set()  # generations whose engine does not answer
         self.said: list[str] = []
         self.drained = False
+        self.image = self.written = "0.1.0"
+        self.bad_images: set[str] = set()
+        self.updates = root.with_name(f"{root.name}-updates")
         self.silent = False  # nothing outside answers
         self.steps_left: int | None = None
         self._snapshot: Path | None = None
@@ -74,8 +77,23 @@ class FakeMachine(Machine):
             case ["systemctl", "is-active", *units]:
                 names = [unit.removesuffix(".service") for unit in units]
                 return 0, "\n".join("active" if name in self.running else "inactive" for name in names)
+            case ["systemctl", "reboot", "--no-block"]:
+                if self.written not in self.bad_images:
+                    self.image = self.written
+                self.boot_up()
+                return 0, ""
             case ["systemctl", verb, unit]:
                 return self._service(verb, unit.removesuffix(".service"))
+            case ["systemd-sysupdate", "update", version]:
+                parts = sorted(
+                    path.name.removeprefix(f"gateway_{version}.")[:4] for path in self.updates.iterdir()
+                )
+                if parts != ["efi", "root", "root"]:
+                    return 1, "parts are missing"
+                self.written = version
+                return 0, ""
+            case ["systemd-sysupdate", "list", _]:
+                return 0, ""
             case ["uptime"]:
                 return 0, "up 1 day"
             case ["unshare", *_] | ["ip", *_] | ["networkctl", *_] | ["chronyc", *_]:
@@ -105,6 +123,9 @@ class FakeMachine(Machine):
 
     def is_drained(self) -> bool:
         return self.drained
+
+    def image_version(self) -> str:
+        return self.image
 
     def announce(self, text: str) -> None:
         self.said.append(text)

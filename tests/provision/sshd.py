@@ -118,6 +118,7 @@ def running(home: Path, name: str = "gw1") -> Iterator[Gateway]:
         "PATH": f"{bin_}:/usr/sbin:/usr/bin:/sbin:/bin",
         "FAKE": fake,
         "DSNAT_ROOT": gateway.root,
+        "DSNAT_UPDATES": home / "updates",
         "DSNAT_SOCKET": home / "control.sock",
     }
     words = [

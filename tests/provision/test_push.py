@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ class Asked:
         self.machine = lab.machines[name]
         self.opened = self.machine.connection
 
-    def ask(self, request: Mapping[str, Any], *, deadline_s: float) -> dict[str, Any]:
+    def ask(
+        self, request: Mapping[str, Any], *, deadline_s: float, stream: Iterable[bytes] = ()
+    ) -> dict[str, Any]:
+        self.machine.payload = io.BytesIO(b"".join(stream))
         verb = str(request["do"])
         self.lab.asked.append((self.name, verb))
         self.lab.fault(self.name, verb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -253,3 +254,16 @@ def test_a_gateway_behind_a_jump_host_is_reached_with_both_keys_pinned(
             dial(wrong)
         with pytest.raises(HostKeyMismatch, match=f"127.0.0.1:{gateway.port} shows another host key"):
             dial(replace(target, host_key=hop.host_key))
+
+
+def test_a_part_of_an_image_is_streamed_and_counts_only_when_it_is_whole(gateway: Gateway) -> None:
+    data = b"0123456789abcdef" * (1 << 20)
+    name = "gateway_0.2.0.efi"
+    request = {"do": "receive", "name": name, "size": len(data), "owner": "alice"}
+    pieces = [data[i : i + (1 << 20)] for i in range(0, len(data), 1 << 20)]
+    with connect(gateway) as remote:
+        with pytest.raises(AgentRefused, match="did not arrive whole"):
+            remote.ask({**request, "sha256": "0"}, deadline_s=30, stream=pieces)
+        assert not (gateway.home / "updates" / name).exists()
+        remote.ask({**request, "sha256": hashlib.sha256(data).hexdigest()}, deadline_s=30, stream=pieces)
+    assert (gateway.home / "updates" / name).read_bytes() == data
