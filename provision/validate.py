@@ -505,6 +505,13 @@ def _on_engine_port(gateway: Gateway) -> str | None:
     return None
 
 
+def times_are_possible(fleet: Fleet, at: Source) -> Iterator[Problem]:
+    window_ms = milliseconds(fleet.defaults.rollout.confirm_within)
+    if not 5_000 <= window_ms <= 3_600_000:
+        text = "a gateway waits between 5s and 1h for a confirmation; choose a time in between"
+        yield at.problem(("defaults", "rollout", "confirm_within"), text)
+
+
 RULES: tuple[Rule, ...] = (
     names_exist,
     pairs_have_two,
@@ -523,4 +530,5 @@ RULES: tuple[Rule, ...] = (
     zones_can_be_reached,
     pools_are_large_enough,
     management_stays_reachable,
+    times_are_possible,
 )

@@ -218,6 +218,11 @@ CASES: dict[str, tuple[str, list[tuple[str, str]], str]] = {
         ],
         "the neighbour 192.0.2.9 is in no prefix of an interface of gw1",
     ),
+    "no time to confirm": (
+        LONE,
+        [("schema: 1\n", "schema: 1\ndefaults: {rollout: {confirm_within: 500ms}}\n")],
+        "defaults.rollout.confirm_within: a gateway waits between 5s and 1h",
+    ),
     "an interface called all": (LONE, [("outside0", "all")], "the name all is taken by Linux"),
     "one host key for two": (PAIR, [(KEYS[1], KEYS[0])], "host key is given to two places"),
     "one outside address for two": (
