@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-unit test-net test-image lint fmt bench bench-gate rfc image audit boot flash clean
+.PHONY: help setup build demo test test-unit test-net test-image lint fmt bench bench-gate rfc fuzz image audit boot flash clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  %-11s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,12 @@ bench-gate: build ## red when the work tree is slower than BASE=commit (default:
 
 rfc: setup ## which RFC requirements are met, in which mode, and which test saw it
 	@$(PYTHON) -m tests.rfc
+
+fuzz: setup .build/fuzz/build.ninja ## look for crashes in packets and configuration; FOR=60 seconds each
+	@tests/fuzz.sh $(or $(FOR),60)
+
+.build/fuzz/build.ninja: $(FOLDERS)
+	@CC=clang meson setup $(if $(wildcard $@),--reconfigure) .build/fuzz dataplane --buildtype=debugoptimized -Dfuzz=true -Ddpdk=disabled -Db_sanitize=address,undefined -Db_lundef=false && touch $@
 
 image: setup ## build the gateway image into .build/image
 	@$(PYTHON) -m image.build
