@@ -5,129 +5,10 @@
  * 4787 REQ-1). A packet from outside makes no session: where the pool's filter admits it, the mapping itself
  * translates it, and also the RST or ICMP error that the host may answer with. Anything else that the host
  * answers begins a session.
- *
- * The address: round robin takes the next of the zone's pool (one step per new session, as dsnat did), paired
- * the one that the host has already (RFC 4787 REQ-2), or else one by its hash. If that has no free port
- * towards this remote the next one is tried, and so on round the pool: NAT_REASON_NO_PORT means that no
- * address had one.
  */
 #include "engine.h"
 
-struct choice {
-	uint32_t address; /* number in the policy */
-	uint16_t port_be;
-	bool tracked;
-};
-
-/* Address numbers of the pool in the order of their turns. */
-static const uint32_t *turns_of(const struct nat_engine *e, const struct nat_pool *pool)
-{
-	return &e->policy->order[pool->first_order];
-}
-
-static bool in_service(const struct nat_engine *e, uint32_t address)
-{
-	return !e->policy->address[address].draining && !e->policy->address[address].reserved;
-}
-
-/* The turn to start with; round robin moves the cursor on. */
-static uint32_t starting_turn(const struct nat_engine *e, const struct nat_pkt *pkt,
-			      const struct nat_pool *pool, uint32_t *cursor)
-{
-	if (pool->select == NAT_SELECT_ROUND_ROBIN) {
-		uint32_t turn = *cursor;
-		*cursor = turn + 1 == pool->n_order ? 0 : turn + 1;
-		return turn;
-	}
-	uint32_t paired = nat_policy_address(e->policy, nat_host_paired(e, pkt->tuple.local_be));
-	if (paired != UINT32_MAX && &e->policy->pool[e->policy->address[paired].pool] == pool &&
-	    in_service(e, paired))
-		return paired - pool->first_address; /* the first round of turns is the addresses in order */
-	return nat_scale32((uint32_t)(nat_hash64(&e->index.key, pkt->tuple.local_be, 2) >> 32),
-			   pool->n_order);
-}
-
-/* The outside tuple that is to be free: towards this remote only, or towards all. */
-static struct nat_tuple wanted_tuple(const struct nat_engine *e, const struct nat_pkt *pkt,
-				     const struct nat_pool *pool, uint32_t address)
-{
-	struct nat_tuple outside = pkt->tuple;
-
-	outside.side = 1;
-	outside.local_be = e->policy->address[address].address_be;
-	if (pool->mapping == NAT_ENDPOINT_INDEPENDENT) {
-		outside.remote_be = 0;
-		outside.remote_port_be = 0;
-	}
-	return outside;
-}
-
-static enum nat_reason take_at(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
-			       uint32_t address, uint16_t first, uint16_t last, struct choice *choice)
-{
-	struct nat_tuple outside = wanted_tuple(e, pkt, pool, address);
-	const bool parity = pool->mapping == NAT_ENDPOINT_INDEPENDENT; /* RFC 4787 REQ-4 */
-	enum nat_reason reason = NAT_REASON_NO_PORT;
-
-	choice->address = address;
-	if (pool->n_blocks != 0) {
-		reason = nat_block_take(e, pool, address, pkt->tuple.local_be, &outside, parity,
-					pkt->tuple.local_port_be, &choice->tracked, &choice->port_be);
-	} else {
-		choice->port_be = nat_port_take(e, &outside, first, last, parity, pkt->tuple.local_port_be,
-						&choice->tracked);
-		if (choice->port_be != 0)
-			reason = NAT_REASON_OK;
-	}
-	if (reason != NAT_REASON_OK)
-		e->notes->address[address].refused++;
-	return reason;
-}
-
-/* RFC 7422: the host's own ports, then the share of its address that is kept for overflow. */
-static enum nat_reason choose_by_arithmetic(struct nat_engine *e, const struct nat_pkt *pkt,
-					    const struct nat_pool *pool, struct choice *choice)
-{
-	uint32_t address_be;
-	uint16_t first, n_ports;
-
-	if (!nat_policy_deterministic(e->policy, e->policy->zone[pkt->zone].config.pool, pkt->tuple.local_be,
-				      &address_be, &first, &n_ports))
-		return NAT_REASON_NO_ZONE;
-	const uint32_t address = nat_policy_address(e->policy, address_be);
-	if (take_at(e, pkt, pool, address, first, (uint16_t)(first + n_ports - 1), choice) == NAT_REASON_OK)
-		return NAT_REASON_OK;
-	if (pool->dynamic_first > pool->port_last || pool->dynamic_first <= first)
-		return NAT_REASON_HOST_PORTS;
-	return take_at(e, pkt, pool, address, pool->dynamic_first, pool->port_last, choice);
-}
-
-static enum nat_reason choose(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
-			      struct choice *choice)
-{
-	const uint32_t *turns = turns_of(e, pool);
-
-	if (pool->n_hosts != 0)
-		return choose_by_arithmetic(e, pkt, pool, choice);
-	uint32_t turn = starting_turn(e, pkt, pool, &e->notes->zone[pkt->zone].cursor);
-	for (uint32_t tried = 0; tried < pool->n_order; tried++) {
-		const uint32_t address = turns[turn];
-		turn = turn + 1 == pool->n_order ? 0 : turn + 1;
-		if (!in_service(e, address))
-			continue;
-		enum nat_reason reason =
-			take_at(e, pkt, pool, address, pool->port_first, pool->port_last, choice);
-		if (reason == NAT_REASON_OK && pool->select == NAT_SELECT_ROUND_ROBIN && tried != 0)
-			/* An address was skipped: go on behind the one that was taken, or it would get its
-			 * neighbour's share. */
-			e->notes->zone[pkt->zone].cursor = turn;
-		if (reason != NAT_REASON_NO_PORT)
-			return reason;
-	}
-	return NAT_REASON_NO_PORT;
-}
-
-static enum nat_timer first_timer(const struct nat_engine *e, const struct nat_pkt *pkt)
+enum nat_timer nat_first_timer(const struct nat_engine *e, const struct nat_pkt *pkt)
 {
 	if (pkt->tuple.protocol == NAT_PROTO_TCP)
 		return NAT_TIMER_TCP_OPENING;
@@ -187,13 +68,13 @@ static bool draft(struct nat_engine *e, struct nat_pkt *pkt, struct nat_session 
 {
 	const struct nat_zone *zone = &e->policy->zone[pkt->zone];
 	const struct nat_pool *pool = &e->policy->pool[zone->config.pool];
-	struct choice choice;
+	struct nat_choice choice;
 
 	if (pool->n_in_service == 0) {
 		refuse(e, pkt, NAT_REASON_POOL_EMPTY);
 		return false;
 	}
-	const enum nat_reason reason = choose(e, pkt, pool, &choice);
+	const enum nat_reason reason = nat_choose(e, pkt, pool, &choice);
 	if (reason != NAT_REASON_OK) {
 		refuse(e, pkt, reason);
 		return false;
@@ -204,7 +85,7 @@ static bool draft(struct nat_engine *e, struct nat_pkt *pkt, struct nat_session 
 				     .zone_id = zone->id,
 				     .pool_id = pool->id,
 				     .flags = choice.tracked ? NAT_RECORD_TRACKED : 0,
-				     .timer = (uint8_t)first_timer(e, pkt)};
+				     .timer = (uint8_t)nat_first_timer(e, pkt)};
 	return true;
 }
 
@@ -258,7 +139,7 @@ static void begin_under_mapping(struct nat_engine *e, struct nat_pkt *pkt, const
 								  pkt->tuple.protocol != NAT_PROTO_ICMP
 							  ? NAT_RECORD_UNDER_MAPPING | NAT_RECORD_PERMITS
 							  : NAT_RECORD_UNDER_MAPPING,
-					 .timer = (uint8_t)first_timer(e, pkt)};
+					 .timer = (uint8_t)nat_first_timer(e, pkt)};
 	/* The pool's kind may have been another when an older session took that port towards this remote. */
 	const struct nat_tuple outside = nat_session_outside(&want);
 	if (nat_session_find(e, &outside, nat_tuple_hash(&e->index.key, &outside)) != NAT_NO_RECORD)
@@ -286,7 +167,7 @@ static void begin_static(struct nat_engine *e, struct nat_pkt *pkt, const struct
 		.zone_id = pkt->zone == NAT_NO_ZONE ? NAT_NO_ID : e->policy->zone[pkt->zone].id,
 		.pool_id = e->policy->pool[e->policy->address[address].pool].id,
 		.flags = NAT_RECORD_STATIC,
-		.timer = (uint8_t)first_timer(e, pkt)};
+		.timer = (uint8_t)nat_first_timer(e, pkt)};
 
 	want.inside.side = 0;
 	want.inside.local_be = mapping->inside_be;
@@ -436,116 +317,6 @@ static void find_mapping_of_error(struct nat_engine *e, struct nat_pkt *pkt)
 		nat_route(e, pkt, 1);
 }
 
-/* ---- mappings that hosts ask for (PCP, NAT-PMP) ---- */
-
-/* Where does the host go that has named no destination? Zones with one do not count, so ask for an address in none. */
-static const struct nat_zone *zone_of_host(const struct nat_engine *e, uint32_t host_be, uint32_t *number)
-{
-	*number = nat_policy_zone(e->policy, NAT_NTOH32(host_be), 0);
-	if (*number == NAT_NO_ZONE || e->policy->zone[*number].config.action != NAT_ACTION_POOL)
-		return NULL;
-	return &e->policy->zone[*number];
-}
-
-static enum nat_map_result make_asked(struct nat_engine *e, const struct nat_map *ask,
-				      const struct nat_zone *zone, uint32_t zone_number, uint32_t *mapping)
-{
-	const struct nat_pool *pool = &e->policy->pool[zone->config.pool];
-	struct nat_pkt pkt = {.zone = zone_number,
-			      .tuple = {.local_be = ask->host_be,
-					.local_port_be = ask->port_be,
-					.protocol = ask->protocol}};
-	const uint32_t suggested = nat_policy_address(e->policy, ask->outside_be);
-	const uint16_t suggested_port = NAT_NTOH16(ask->outside_port_be);
-	enum nat_reason reason = NAT_REASON_NO_PORT;
-	struct choice choice;
-
-	if (nat_host_admit(e, ask->host_be) != NAT_REASON_OK)
-		return NAT_MAP_QUOTA;
-	if (suggested != UINT32_MAX && &e->policy->pool[e->policy->address[suggested].pool] == pool &&
-	    in_service(e, suggested) && pool->n_blocks == 0 && pool->n_hosts == 0 &&
-	    suggested_port >= pool->port_first && suggested_port <= pool->port_last)
-		reason = take_at(e, &pkt, pool, suggested, suggested_port, suggested_port, &choice);
-	if (reason != NAT_REASON_OK && pool->n_in_service != 0)
-		reason = choose(e, &pkt, pool, &choice);
-	if (reason != NAT_REASON_OK)
-		return reason == NAT_REASON_HOST_PORTS ? NAT_MAP_QUOTA : NAT_MAP_NO_RESOURCES;
-	struct nat_session want = {.inside = pkt.tuple,
-				   .out_addr_be = e->policy->address[choice.address].address_be,
-				   .out_port_be = choice.port_be,
-				   .zone_id = zone->id,
-				   .pool_id = pool->id,
-				   .flags = NAT_RECORD_MAPPING | NAT_RECORD_HOLDS,
-				   .timer = (uint8_t)first_timer(e, &pkt)};
-	if (choice.tracked)
-		want.flags |= NAT_RECORD_TRACKED;
-	*mapping = nat_session_create(e, &want);
-	if (*mapping != NAT_NO_RECORD)
-		return NAT_MAP_OK;
-	if (choice.tracked)
-		nat_port_release(e, &want);
-	return NAT_MAP_NO_RESOURCES;
-}
-
-enum nat_map_result nat_engine_map(struct nat_engine *e, struct nat_map *ask, uint64_t now_ns)
-{
-	const struct nat_tuple key = {
-		.local_be = ask->host_be, .local_port_be = ask->port_be, .protocol = ask->protocol};
-	uint32_t zone_number;
-
-	nat_engine_tick(e, now_ns);
-	const struct nat_zone *zone = zone_of_host(e, ask->host_be, &zone_number);
-	if (!zone || e->policy->pool[zone->config.pool].mapping != NAT_ENDPOINT_INDEPENDENT ||
-	    !nat_policy_is_active(e->policy, zone->config.pool))
-		return NAT_MAP_NOT_AUTHORIZED;
-	uint32_t mapping = nat_session_find(e, &key, nat_tuple_hash(&e->index.key, &key));
-	if (ask->lifetime_s == 0) {
-		if (mapping != NAT_NO_RECORD && (e->record[mapping].flags & NAT_RECORD_ASKED))
-			nat_session_lapse(e, mapping);
-		return NAT_MAP_OK;
-	}
-	if (mapping == NAT_NO_RECORD) {
-		enum nat_map_result result = make_asked(e, ask, zone, zone_number, &mapping);
-		if (result != NAT_MAP_OK)
-			return result;
-	}
-	struct nat_session *m = &e->record[mapping];
-	nat_session_resume(e, mapping,
-			   ask->protocol == NAT_PROTO_TCP ? NAT_TIMER_TCP_OPENING : NAT_TIMER_UDP);
-	nat_wheel_take(e, mapping);
-	if (!(m->flags & NAT_RECORD_ASKED)) {
-		m->references++;
-		nat_host_add(e, ask->host_be, m->out_addr_be);
-	}
-	m->flags |= NAT_RECORD_ASKED;
-	m->asked_until_s = e->now_s + ask->lifetime_s;
-	if (ask->open)
-		m->state = NAT_MAPPING_OPEN;
-	nat_wheel_hang(e, mapping);
-	ask->outside_be = m->out_addr_be;
-	ask->outside_port_be = m->out_port_be;
-	return NAT_MAP_OK;
-}
-
-bool nat_engine_public_address(struct nat_engine *e, uint32_t host_be, uint32_t *address_be)
-{
-	uint32_t zone_number;
-	const struct nat_zone *zone = zone_of_host(e, host_be, &zone_number);
-
-	if (!zone)
-		return false;
-	const struct nat_pool *pool = &e->policy->pool[zone->config.pool];
-	const struct nat_pkt pkt = {.zone = zone_number, .tuple = {.local_be = host_be}};
-	if (pool->mapping != NAT_ENDPOINT_INDEPENDENT || pool->select != NAT_SELECT_PAIRED)
-		return false;
-	*address_be =
-		e->policy
-			->address[turns_of(
-				e, pool)[starting_turn(e, &pkt, pool, &e->notes->zone[pkt.zone].cursor)]]
-			.address_be;
-	return true;
-}
-
 /* ---- before the first of a burst: fetch what all of them will touch ---- */
 
 static bool is_new_from_inside(const struct nat_pkt *pkt)
@@ -608,8 +379,8 @@ static void fetch_ahead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		hash[i] = p->hash;
 		if (pool->n_blocks != 0 || pool->n_hosts != 0 || pool->n_order == 0)
 			continue; /* the host's own ports: few, and near each other */
-		const uint32_t turn = starting_turn(e, p, pool, &e->notes->zone[p->zone].forecast);
-		struct nat_tuple outside = wanted_tuple(e, p, pool, turns_of(e, pool)[turn]);
+		const uint32_t address = nat_first_choice(e, p, pool, &e->notes->zone[p->zone].forecast);
+		struct nat_tuple outside = nat_wanted_tuple(e, p, pool, address);
 		outside.local_port_be =
 			nat_port_forecast(e, i, pool->port_first, pool->port_last,
 					  pool->mapping == NAT_ENDPOINT_INDEPENDENT, p->tuple.local_port_be);

@@ -298,6 +298,38 @@ void nat_host_remove(struct nat_engine *e, uint32_t address_be);
 /* The public address that this host's sessions use, 0 if it has none. */
 uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be);
 
+/* ---- choosing address and port (choose.c) ---- */
+
+struct nat_choice {
+	uint32_t address; /* number in the policy */
+	uint16_t port_be;
+	bool tracked; /* the record must carry NAT_RECORD_TRACKED */
+};
+
+static inline bool nat_in_service(const struct nat_engine *e, uint32_t address)
+{
+	return !e->policy->address[address].draining && !e->policy->address[address].reserved;
+}
+
+/* An address and port for the packet's tuple, or why there is none. */
+enum nat_reason nat_choose(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
+			   struct nat_choice *choice);
+
+/* The same of one address and part of its ports. */
+enum nat_reason nat_take_at(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
+			    uint32_t address, uint16_t first, uint16_t last, struct nat_choice *choice);
+
+/* The address (its number) that is tried first; round robin moves `cursor` on. */
+uint32_t nat_first_choice(const struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
+			  uint32_t *cursor);
+
+/* The outside tuple that is to be free: towards this remote only, or towards all. */
+struct nat_tuple nat_wanted_tuple(const struct nat_engine *e, const struct nat_pkt *pkt,
+				  const struct nat_pool *pool, uint32_t address);
+
+/* The time-out that a new session of this packet begins with (allocate.c). */
+enum nat_timer nat_first_timer(const struct nat_engine *e, const struct nat_pkt *pkt);
+
 /* ---- port blocks (block.c) ---- */
 
 /* A free port of one of the host's blocks of this address, or of a new block: in *port_be, network order.
