@@ -1,5 +1,5 @@
 /* Whose packet is this? One that the NAT translates leaves this file with its tuple turned to the side that
- * looks it up and with its hash; all others leave with a verdict.
+ * looks it up; all others leave with a verdict.
  *
  *   from inside:   to the gateway itself, or to another inside network: the kernel's. Else the first zone
  * that matches decides. To a pool address: a hairpin, translated like any other and sent through once more,
@@ -7,12 +7,9 @@
  * kernel's. Answer to a pass zone: the kernel's. Anything else is dropped: it must not reach the inside
  * untranslated.
  *
- * Whether an address is the gateway's own only the routes know (nat_world.route says NAT_HOP_LOCAL), so the
- * destination's route is asked for here for all packets whose destination translation does not change.
+ * Whether an address is the gateway's own only the routes know: nat_route_as_sent() has asked them.
  */
 #include "engine.h"
-
-#include <string.h>
 
 static bool is_translated_protocol(uint8_t protocol)
 {
@@ -28,32 +25,6 @@ static bool is_query(const struct nat_pkt *pkt, uint8_t type)
 static bool has_own_ports(const struct nat_pkt *pkt)
 {
 	return (pkt->stage_flags & (NAT_STAGE_LATER | NAT_STAGE_ICMP_ERROR)) == 0;
-}
-
-/* An ICMP query has one identifier, which is the local port on both ways.
- *
- * Two words are written, because two words are read at once by the hash: a load that spans several fresh
- * stores waits until they have left the store buffer (measured: 25 cycles per packet). */
-static void turn_round(struct nat_tuple *tuple)
-{
-	static const struct nat_tuple outside = {.side = 1};
-	const bool icmp = tuple->protocol == NAT_PROTO_ICMP;
-	uint32_t ports, rest, side;
-	uint64_t addresses;
-
-	memcpy(&addresses, &tuple->local_be, sizeof(addresses));
-	memcpy(&ports, &tuple->local_port_be, sizeof(ports));
-	memcpy(&rest, &tuple->protocol, sizeof(rest));
-	memcpy(&side, &outside.protocol, sizeof(side));
-	const uint64_t word[2] = {addresses << 32 | addresses >> 32,
-				  NAT_PAIR32(icmp ? ports : ports << 16 | ports >> 16, rest | side)};
-	memcpy(tuple, word, sizeof(word));
-}
-
-static void hash_and_fetch(struct nat_engine *e, struct nat_pkt *pkt)
-{
-	pkt->hash = nat_tuple_hash(&e->index.key, &pkt->tuple);
-	NAT_PREFETCH(nat_index_bucket(&e->index, pkt->hash));
 }
 
 /* Only a host with an address of its own can be pinged, and so have something to answer. */
@@ -160,44 +131,26 @@ static void classify_outside(struct nat_engine *e, struct nat_pkt *pkt)
 	if (pkt->stage_flags & NAT_STAGE_ICMP_ERROR)
 		nat_icmp_parse_error(pkt);
 	else
-		turn_round(&pkt->tuple);
-}
-
-static void ask_routes(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
-{
-	uint32_t destination_be[NAT_BURST_MAX], of[NAT_BURST_MAX], wanted = 0;
-	struct nat_hop hop[NAT_BURST_MAX];
-
-	for (uint32_t i = 0; i < n; i++)
-		if (!pkt[i].settled &&
-		    (e->policy->role[pkt[i].iface] == NAT_ROLE_INSIDE ||
-		     nat_policy_address(e->policy, pkt[i].tuple.remote_be) == UINT32_MAX)) {
-			destination_be[wanted] = pkt[i].tuple.remote_be;
-			of[wanted++] = i;
-		}
-	if (wanted == 0)
-		return;
-	e->world.route(e->world.context, destination_be, hop, wanted);
-	for (uint32_t i = 0; i < wanted; i++)
-		pkt[of[i]].hop = hop[i];
+		nat_tuple_turn(&pkt->tuple);
 }
 
 void nat_classify(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
-	ask_routes(e, pkt, n);
 	for (uint32_t i = 0; i < n; i++) {
 		if (pkt[i].settled)
 			continue;
-		if (e->policy->role[pkt[i].iface] == NAT_ROLE_INSIDE &&
-		    !(pkt[i].stage_flags & NAT_STAGE_SECOND))
+		if (NAT_LIKELY(nat_has_own_tuple(&pkt[i])))
+			nat_session_fetch_record(e, &pkt[i]);
+		if (nat_is_from_inside(e, &pkt[i]))
 			classify_inside(e, &pkt[i]);
 		else
 			classify_outside(e, &pkt[i]);
 		if (pkt[i].settled)
 			continue;
-		if (pkt[i].stage_flags & NAT_STAGE_LATER)
+		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_LATER))
 			nat_frags_follow(e, &pkt[i]);
-		else
-			hash_and_fetch(e, &pkt[i]);
+		else if (NAT_UNLIKELY(pkt[i].stage_flags &
+				      NAT_STAGE_ICMP_ERROR)) /* the quoted packet's tuple */
+			pkt[i].hash = nat_tuple_hash(&e->index.key, &pkt[i].tuple);
 	}
 }

@@ -15,6 +15,7 @@
 
 static void run_stages(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
+	nat_route_as_sent(e, pkt, n);
 	nat_classify(e, pkt, n);
 	nat_session_lookup(e, pkt, n);
 	nat_route(e, pkt, n);
@@ -28,8 +29,9 @@ static void run_second_time(struct nat_engine *e, struct nat_pkt *pkt)
 		       destination_be = nat_get32(pkt->l3 + NAT_IP_DESTINATION);
 	const uint16_t id_be = nat_get16(pkt->l3 + NAT_IP_ID);
 
-	nat_parse(pkt, 1);
+	nat_parse(e, pkt, 1);
 	pkt->stage_flags |= NAT_STAGE_SECOND;
+	nat_session_fetch_bucket(e, pkt); /* from the other side now */
 	if (!pkt->settled)
 		run_stages(e, pkt, 1);
 	if (pkt->stage_flags & NAT_STAGE_FRAGMENT)
@@ -95,7 +97,7 @@ void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint6
 {
 	set_time(e, now_ns);
 	nat_wheel_turn(e, AGED_PER_RUN + n * AGED_PER_PACKET);
-	nat_parse(pkt, n);
+	nat_parse(e, pkt, n);
 	run_stages(e, pkt, n);
 	for (uint32_t i = 0; i < n; i++) {
 		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_HAIRPIN) && pkt[i].verdict == NAT_FORWARD &&

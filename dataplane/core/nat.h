@@ -215,6 +215,7 @@ struct nat_pkt {
 	struct nat_tuple tuple; /* read as two words of 8 bytes, so aligned to them */
 	uint64_t hash;
 	uint32_t session;     /* record number, or NAT_NO_SESSION */
+	uint32_t guess;       /* a record that may be it, on its way to the cache, or NAT_NO_SESSION */
 	uint16_t total_bytes; /* IPv4 total length */
 	uint16_t l4_offset;
 	uint8_t stage_flags;

@@ -6,6 +6,8 @@
  */
 #include "engine.h"
 
+#include <string.h>
+
 static bool is_martian_source(uint32_t address)
 {
 	return address >> 24 == 0 || address >> 24 == 127 ||
@@ -22,11 +24,24 @@ static bool is_group(uint32_t address)
 	return address >> 28 == 14 || address == UINT32_MAX;
 }
 
+/* Addresses stand in the header as in the tuple, and so do ports: each pair is moved as one word, because the hash
+ * will read the tuple as two (see nat_tuple_turn()). */
+static void put_ports(struct nat_tuple *tuple, uint32_t ports)
+{
+	const struct nat_tuple rest = {.protocol = tuple->protocol};
+	uint32_t tail;
+
+	memcpy(&tail, &rest.protocol, sizeof(tail));
+	const uint64_t word = NAT_PAIR32(ports, tail);
+	memcpy(&tuple->local_port_be, &word, sizeof(word));
+}
+
 static void parse_ports(struct nat_pkt *pkt, const uint8_t *l4)
 {
-	pkt->tuple.local_port_be = nat_get16(l4 + NAT_L4_SOURCE_PORT);
-	pkt->tuple.remote_port_be = nat_get16(l4 + NAT_L4_DESTINATION_PORT);
-	if (pkt->tuple.local_port_be == 0 || pkt->tuple.remote_port_be == 0)
+	const uint32_t ports = nat_get32(l4 + NAT_L4_SOURCE_PORT);
+
+	put_ports(&pkt->tuple, ports);
+	if ((ports & 0xffff) == 0 || ports >> 16 == 0)
 		nat_drop(pkt, NAT_REASON_BAD_PORT);
 }
 
@@ -130,7 +145,7 @@ static void parse_one(struct nat_pkt *pkt)
 	pkt->made = 0;
 	pkt->stage_flags = 0;
 	pkt->tcp_flags = 0;
-	pkt->session = NAT_NO_SESSION;
+	pkt->session = pkt->guess = NAT_NO_SESSION;
 	pkt->zone = NAT_NO_ZONE;
 	pkt->hop = (struct nat_hop){0};
 	if (pkt->len_bytes < NAT_IP_HEADER_BYTES) {
@@ -157,9 +172,8 @@ static void parse_one(struct nat_pkt *pkt)
 	}
 	pkt->l4_offset = (uint16_t)header_bytes;
 	pkt->l4_bytes = (uint16_t)(pkt->total_bytes - header_bytes);
-	pkt->tuple = (struct nat_tuple){.local_be = nat_get32(ip + NAT_IP_SOURCE),
-					.remote_be = nat_get32(ip + NAT_IP_DESTINATION),
-					.protocol = ip[NAT_IP_PROTOCOL]};
+	pkt->tuple = (struct nat_tuple){.protocol = ip[NAT_IP_PROTOCOL]};
+	memcpy(&pkt->tuple.local_be, ip + NAT_IP_SOURCE, 8);
 	const uint32_t source = NAT_NTOH32(pkt->tuple.local_be),
 		       destination = NAT_NTOH32(pkt->tuple.remote_be);
 	/* 0.0.0.0 as source towards a group is DHCP's: the kernel's matter. */
@@ -184,8 +198,11 @@ static void parse_one(struct nat_pkt *pkt)
 	parse_transport(pkt);
 }
 
-void nat_parse(struct nat_pkt *pkt, uint32_t n)
+void nat_parse(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
-	for (uint32_t i = 0; i < n; i++)
+	for (uint32_t i = 0; i < n; i++) {
 		parse_one(&pkt[i]);
+		if (NAT_LIKELY(nat_has_own_tuple(&pkt[i])))
+			nat_session_fetch_bucket(e, &pkt[i]);
+	}
 }

@@ -28,6 +28,27 @@ static void check_one(struct nat_engine *e, struct nat_pkt *pkt)
 	}
 }
 
+/* Routes of those whose destination translation does not change, and of those that may be for the gateway itself:
+ * which addresses are its own only the routes know (NAT_HOP_LOCAL). */
+void nat_route_as_sent(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	uint32_t destination_be[NAT_BURST_MAX], of[NAT_BURST_MAX], wanted = 0;
+	struct nat_hop hop[NAT_BURST_MAX];
+
+	for (uint32_t i = 0; i < n; i++)
+		if (!pkt[i].settled &&
+		    (e->policy->role[pkt[i].iface] == NAT_ROLE_INSIDE ||
+		     nat_policy_address(e->policy, pkt[i].tuple.remote_be) == UINT32_MAX)) {
+			destination_be[wanted] = pkt[i].tuple.remote_be;
+			of[wanted++] = i;
+		}
+	if (wanted == 0)
+		return;
+	e->world.route(e->world.context, destination_be, hop, wanted);
+	for (uint32_t i = 0; i < wanted; i++)
+		pkt[of[i]].hop = hop[i];
+}
+
 /* Packets from outside go to the session's host: their destination is known only now. */
 static void ask_routes_inside(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {

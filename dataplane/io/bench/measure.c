@@ -11,9 +11,11 @@
 #include "bench.h"
 
 const char *const stage_name[STAGE_COUNT] = {
-	[STAGE_PRESENT] = "present",   [STAGE_AGE] = "age",         [STAGE_PARSE] = "parse",
-	[STAGE_CLASSIFY] = "classify", [STAGE_LOOK_UP] = "look_up", [STAGE_ROUTE] = "route",
-	[STAGE_ALLOCATE] = "allocate", [STAGE_REWRITE] = "rewrite", [STAGE_SEND] = "send",
+	[STAGE_PRESENT] = "present",   [STAGE_AGE] = "age",
+	[STAGE_PARSE] = "parse",       [STAGE_ROUTE_AS_SENT] = "route_as_sent",
+	[STAGE_CLASSIFY] = "classify", [STAGE_LOOK_UP] = "look_up",
+	[STAGE_ROUTE] = "route",       [STAGE_ALLOCATE] = "allocate",
+	[STAGE_REWRITE] = "rewrite",   [STAGE_SEND] = "send",
 };
 
 static uint64_t cycles(void)
@@ -165,7 +167,9 @@ static void run_stages(struct load *load, uint32_t at, uint8_t iface, struct nat
 	mark[STAGE_AGE] = cycles();
 	nat_wheel_turn(e, 2 * BURST);
 	mark[STAGE_PARSE] = cycles();
-	nat_parse(pkt, BURST);
+	nat_parse(e, pkt, BURST);
+	mark[STAGE_ROUTE_AS_SENT] = cycles();
+	nat_route_as_sent(e, pkt, BURST);
 	mark[STAGE_CLASSIFY] = cycles();
 	nat_classify(e, pkt, BURST);
 	mark[STAGE_LOOK_UP] = cycles();
