@@ -137,6 +137,28 @@ static void parse_fragment(struct nat_pkt *pkt, unsigned fragment)
 		pkt->stage_flags |= NAT_STAGE_LATER;
 }
 
+/* RFC 791 section 3.1. A source route would choose the way of a packet whose addresses we change; nobody forwards
+ * it any more (RFC 7126 sections 4.3 and 4.4). */
+static bool are_good_options(const uint8_t *ip, unsigned header_bytes)
+{
+	enum { END = 0, NOTHING = 1, LOOSE_SOURCE_ROUTE = 131, STRICT_SOURCE_ROUTE = 137 };
+
+	for (unsigned at = NAT_IP_HEADER_BYTES; at < header_bytes;) {
+		const uint8_t kind = ip[at];
+		if (kind == END)
+			return true;
+		if (kind == NOTHING) {
+			at++;
+			continue;
+		}
+		if (kind == LOOSE_SOURCE_ROUTE || kind == STRICT_SOURCE_ROUTE || at + 1 == header_bytes ||
+		    ip[at + 1] < 2 || at + ip[at + 1] > header_bytes)
+			return false;
+		at += ip[at + 1];
+	}
+	return true;
+}
+
 static void parse_one(struct nat_pkt *pkt)
 {
 	const uint8_t *ip = pkt->l3;
@@ -168,6 +190,10 @@ static void parse_one(struct nat_pkt *pkt)
 	}
 	if (!(pkt->flags & NAT_PKT_IP_CSUM_GOOD) && nat_csum_bytes(ip, header_bytes) != 0) {
 		nat_drop(pkt, NAT_REASON_BAD_CHECKSUM);
+		return;
+	}
+	if (NAT_UNLIKELY(header_bytes > NAT_IP_HEADER_BYTES) && !are_good_options(ip, header_bytes)) {
+		nat_drop(pkt, NAT_REASON_BAD_OPTION);
 		return;
 	}
 	pkt->l4_offset = (uint16_t)header_bytes;
