@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from image.build import image_path
 from tests.lab import Lab, new_lab
 from tests.replay import CONFIG, Bench
 
@@ -137,6 +140,17 @@ def replay(bench: Callable[[], Bench]) -> Bench:
 def lab(tmp_path: Path) -> Iterator[Lab]:
     with new_lab(tmp_path) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def built_image() -> Path:
+    """The gateway image, built from this very tree; nothing is done when it is up to date."""
+    argv = [sys.executable, "-m", "image.build"]
+    done = subprocess.run(
+        argv, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return image_path()
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from image.boot import MANAGEMENT_MAC, Machine, Nic
-from image.build import image_path
 from image.identity import make_identity
 from tests.lab import new_lab
 from tests.provision.sshd import make_key
@@ -64,7 +63,7 @@ class Gateway:
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def gateway(tmp_path_factory: pytest.TempPathFactory, built_image: Path) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("image")
     key = folder / "operator"
     identity = make_identity("gw1", make_key(key), management=MANAGEMENT_MAC)
@@ -72,7 +71,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
         wires = lab.netns("wires")
         taps = [wires.open_tap("in0"), wires.open_tap("out0")]
         nics = [Nic((tap,), f"52:54:00:d5:01:0{n + 3}") for n, tap in enumerate(taps)]
-        with Machine(image_path(), folder / "gw1", identity, nics, firmware=False, reboot=True) as machine:
+        with Machine(built_image, folder / "gw1", identity, nics, firmware=False, reboot=True) as machine:
             machine.wait_ready()
             found = Gateway(machine, folder, key)
             found.run(found.fleet(window_s=120), "push", "--yes")

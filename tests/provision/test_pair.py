@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from image.boot import MANAGEMENT_MAC, Machine, Nic
-from image.build import image_path
 from image.identity import make_identity
 from tests.lab import Netns, new_lab, wait_until
 from tests.provision.sshd import make_key
@@ -89,7 +88,7 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory, built_image: Path) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("pair")
     key = folder / "operator"
     public = make_key(key)
@@ -111,7 +110,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
                 for i, side in enumerate(("in", "out"))
             ]
             identity = make_identity(f"gw{n}", public, management=MANAGEMENT_MAC)
-            machine = Machine(image_path(), folder / f"gw{n}", identity, nics, firmware=False)
+            machine = Machine(built_image, folder / f"gw{n}", identity, nics, firmware=False)
             machines.append(undo.enter_context(machine))
             machine.wait_ready()
         found = Pair(folder, key, machines, client, server)
