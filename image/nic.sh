@@ -48,18 +48,16 @@ facts() { # lines of `dsnatd --facts`: interface NAME ROLE PATH DEVICE
 	[ -e "$config" ] || return 0
 	dsnatd --facts "$config"
 }
-pci_of() { # kernel interface -> PCI address of its NIC (virtio has a device of its own below it), or nothing
-	path=$(readlink -f "$sys/class/net/$1/device" 2>/dev/null) || return 0
-	printf '%s\n' "$path" | grep -oE '[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]' | tail -n 1
-}
 kernel_nics() { # interfaces with hardware below them
-	for path in "$sys"/class/net/*; do
-		[ -e "$path/device" ] && basename "$path"
+	for path in "$sys"/class/net/*/device; do
+		[ -e "$path" ] || continue
+		path=${path%/device}
+		echo "${path##*/}"
 	done
 }
-nic_of_pci() { # PCI address -> kernel interface, or nothing
-	for nic in $(kernel_nics); do
-		[ "$(pci_of "$nic")" = "$1" ] && printf '%s\n' "$nic"
+nic_of_pci() { # PCI address -> kernel interface, or nothing; virtio has a device of its own in between
+	for path in "$sys/bus/pci/devices/$1"/net/* "$sys/bus/pci/devices/$1"/virtio*/net/*; do
+		[ -e "$path" ] && echo "${path##*/}"
 	done
 }
 ssh_nics() { # interfaces whose address an SSH session came in to
@@ -80,7 +78,9 @@ why_not_take() { # kernel interface -> a reason, or nothing
 
 # ---- NICs of the engine ------------------------------------------------------------------------------------------
 
-driver_of() { basename "$(readlink "$sys/bus/pci/devices/$1/driver" 2>/dev/null)" 2>/dev/null; }
+driver_of() { # PCI address -> the driver bound to it, or nothing
+	path=$(readlink "$sys/bus/pci/devices/$1/driver") && echo "${path##*/}"
+}
 driver_wanted() { # PCI address -> driver that lets the engine in, "shared", or "none: why"
 	device=$sys/bus/pci/devices/$1
 	if [ "$(cat "$device/vendor")" = 0x15b3 ]; then
@@ -193,15 +193,18 @@ no_merging() { # kernel interface
 	done
 }
 spread() { # kernel interface: queue n's interrupt to the n-th core, again from the first when they run out
-	set -- "$1" $(housekeeping "$1")
-	nic=$1; shift
-	n=0
 	# virtio keeps its interrupts one level up, at the PCI device
-	for irq in $(ls "$sys/class/net/$nic/device/msi_irqs" "$sys/class/net/$nic/device/../msi_irqs" 2>/dev/null | grep -E '^[0-9]+$' | sort -n); do
+	irqs=$(ls "$sys/class/net/$1/device/msi_irqs" "$sys/class/net/$1/device/../msi_irqs" 2>/dev/null | grep -E '^[0-9]+$' | sort -n)
+	[ -n "$irqs" ] || return 0
+	set -- $(housekeeping "$1")
+	n=0
+	for irq in $irqs; do
 		[ -e "/proc/irq/$irq/smp_affinity_list" ] || continue
 		eval "cpu=\${$((n % $# + 1))}"
 		n=$((n + 1))
-		[ "$(cat "/proc/irq/$irq/smp_affinity_list")" = "$cpu" ] || write "$cpu" "/proc/irq/$irq/smp_affinity_list" 2>/dev/null || true
+		read -r now < "/proc/irq/$irq/smp_affinity_list"
+		# Some interrupts cannot be moved (the kernel manages them); that is no fault.
+		[ "$now" = "$cpu" ] || write "$cpu" "/proc/irq/$irq/smp_affinity_list" 2>/dev/null || true
 	done
 }
 

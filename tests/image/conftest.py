@@ -1,0 +1,77 @@
+"""One cold boot for all tests that look at a running gateway."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from image.boot import MANAGEMENT_MAC, Machine, Nic, Ready, one_boot_at_a_time
+from image.build import image_path
+from image.identity import make_identity
+from tests.lab import Lab, Netns, new_lab
+
+INSIDE, OUTSIDE = "0000:00:03.0", "0000:00:04.0"
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The image that `make image` built."""
+    path = image_path()
+    if not path.exists():
+        pytest.skip(f"{path} is not built; run `make image`")
+    return path
+
+
+#  client eth0 100.64.0.10 --- in0 (tap) inside0 [ guest ] outside0 (tap) out0 --- eth0 198.51.100.10 server
+@dataclass
+class Gateway:
+    """A booted image with two data NICs, and a host on the other end of each."""
+
+    machine: Machine
+    ready: Ready
+    key: Path
+    client: Netns
+    server: Netns
+
+    def __call__(self, script: str, *, check: bool = True, timeout_s: float = 180) -> str:
+        """Runs a script as root on the gateway."""
+        done = self.machine.ssh(self.key, script, timeout_s=timeout_s)
+        assert not check or done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+
+def wired(lab: Lab) -> tuple[Netns, Netns, list[Nic]]:
+    client, middle, server = (lab.netns(side) for side in ("client", "wires", "server"))
+    nics = []
+    for number, (space, tap) in enumerate(((client, "in0"), (server, "out0"))):
+        lab.wire(space, "eth0", middle, f"to-{tap}")
+        nics.append(Nic((middle.open_tap(tap),), f"52:54:00:d5:00:0{3 + number}"))
+        lab.bridge(middle, f"br-{tap}", f"to-{tap}", tap)
+    client.ip("address add 100.64.0.10/24 dev eth0")
+    client.ip("route add default via 100.64.0.2")
+    server.ip("address add 198.51.100.10/24 dev eth0")
+    server.ip("route add 203.0.113.0/24 via 198.51.100.2")
+    return client, server, nics
+
+
+@pytest.fixture(scope="session")
+def gateway(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """Booted through firmware, boot loader and unified kernel image, as a real one is."""
+    folder = tmp_path_factory.mktemp("gateway")
+    key = folder / "id"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    identity = make_identity("gw1", key.with_suffix(".pub").read_text(), management=MANAGEMENT_MAC)
+    with new_lab(folder) as lab:
+        client, server, nics = wired(lab)
+        machine = Machine(built, folder / "gw1", identity, nics)
+        with ExitStack() as undo:
+            undo.callback(machine.stop)
+            with one_boot_at_a_time():
+                machine.start()
+                ready = machine.wait_ready()
+            yield Gateway(machine, ready, key, client, server)
