@@ -478,7 +478,7 @@ class Agent:
             number = max(self.numbers()) + 1
             directory = self.generations / f".new-{secrets.token_hex(4)}"
             sums = {name: digest(data) for name, (data, _) in files.items()}
-            manifest = {
+            manifest: Json = {
                 "schema": SCHEMA,
                 "base": base,
                 "owner": owner,
@@ -486,12 +486,14 @@ class Agent:
                 "staged_at": self.machine.wall(),
                 "hardware": _text(request, "hardware"),
                 "vrrp": [str(a) for a in request.get("vrrp", [])],
+                "interfaces": [str(i) for i in request.get("interfaces", [])],
+                "by_hand": [str(n) for n in request.get("by_hand", [])],  # files that no fleet.yaml asked for
                 "health_s": _number(request, "health_s", 30, 1, 180),
                 "files": sums,
             }
             try:
                 self._write_generation(directory, files, manifest)
-                self._validate(directory, sums, [str(i) for i in request.get("interfaces", [])])
+                self._validate(directory, sums, manifest["interfaces"])
                 self.machine.step("rename generation")
                 directory.rename(self.generations / str(number))
                 sync_directory(self.machine, self.generations)
@@ -606,17 +608,15 @@ class Agent:
         """
         base = self.current()
         live, here = self.manifest(base), self.generations / str(base)
-        files: Json = {}
-        for name in live.get("files", {}):
-            path = here / name
-            files[name] = {"text": path.read_text(), "mode": path.stat().st_mode & 0o777}
-        files.update(request.get("files", {}))
-        vrrp = files.get(VRRP, {}).get("text", "")
-        names = sorted(set(re.findall(r"(?m)^\s*interface\s+(\S+)|\bdev\s+(\S+)", vrrp)))
-        common: Json = {"owner": request.get("owner"), "base": base, "plan": ""}
-        kept: Json = {key: live[key] for key in ("hardware", "vrrp", "health_s") if key in live}
-        interfaces = sorted({one for pair in names for one in pair if one})
-        staged = self.stage({**common, **kept, "files": files, "interfaces": interfaces})
+        files: Json = {
+            name: {"text": (here / name).read_text(), "mode": (here / name).stat().st_mode & 0o777}
+            for name in live["files"]
+        }
+        given = request.get("files", {})
+        common: Json = {"owner": request.get("owner"), "base": base, "plan": "by hand"}
+        kept: Json = {key: live[key] for key in ("hardware", "vrrp", "interfaces", "health_s") if key in live}
+        by_hand = sorted({*live.get("by_hand", []), *given})
+        staged = self.stage({**common, **kept, "files": files | given, "by_hand": by_hand})
         wanted = {"generation": staged["generation"], "digest": staged["digest"]}
         try:
             applied = self.apply({**common, **wanted})
@@ -1101,6 +1101,18 @@ def _without_secrets(text: str) -> str:
     return re.sub(r"(?m)^(\s*auth_pass\s+)\S.*$", r"\1(secret)", text)
 
 
+def _read_request() -> Json:
+    """One line; what follows it, if anything, is the request's payload."""
+    raw = sys.stdin.buffer.readline(REQUEST_MAX + 1)
+    try:
+        request = json.loads(raw) if len(raw) <= REQUEST_MAX else None
+    except ValueError:
+        request = None
+    if not isinstance(request, dict):
+        raise Refused("usage", "a request is one line with a JSON object on standard input")
+    return request
+
+
 def main() -> int:
     """Without arguments: a request on standard input. With one: for units of the gateway and for its
     console.
@@ -1116,19 +1128,12 @@ def main() -> int:
         "history": lambda: {"events": agent.history()},
         "revert": lambda: agent.revert({"reason": "asked for on the console"}),
         "boot": agent.boot,
-        "change": lambda: agent.change(json.loads(sys.stdin.buffer.read(REQUEST_MAX))),
+        "change": lambda: agent.change(_read_request()),
     }
     try:
         arguments = sys.argv[1:]
         if not arguments:
-            raw = sys.stdin.buffer.readline(REQUEST_MAX + 1)
-            try:
-                request = json.loads(raw) if len(raw) <= REQUEST_MAX else None
-            except ValueError:
-                request = None
-            if not isinstance(request, dict):
-                raise Refused("usage", "a request is one line with a JSON object on standard input")
-            result = agent.answer(request)
+            result = agent.answer(_read_request())
         elif arguments[0] == "undo" and len(arguments) == 2:
             result = agent.undo(arguments[1])
         elif arguments[0] in local and len(arguments) == 1:

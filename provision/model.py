@@ -473,6 +473,7 @@ class Service(Model):
     tcp_midflow: Literal["drop", "reset", "adopt"] | None = None
     refusal: Literal["silent", "icmp-admin", "icmp-host"] | None = None
     other_protocols: Literal["drop", "pass"] | None = None
+    port_control: Literal["off", "on"] | None = None
     static: tuple[Static, ...] = ()
     bgp: Bgp | None = None
     probes: tuple[IPv4Address, ...] = Field(

@@ -42,7 +42,10 @@ class Running:
 
     @property
     def drift(self) -> tuple[str, ...]:
-        return tuple(self.facts.get("drift", ()))
+        """Files that are not what was pushed: edited in place, or changed by a command on the gateway."""
+        manifest = self.facts.get("manifest", {})
+        by_hand = (f"{name} (by {manifest.get('owner')})" for name in manifest.get("by_hand", ()))
+        return (*self.facts.get("drift", ()), *by_hand)
 
     def holds(self, addresses: tuple[str, ...] | list[str]) -> int:
         """How many of these addresses the kernel has now: all of them on a master, none on a backup."""

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from provision.agent import READING, Agent, Machine, Refused, actions_between
+from provision.agent import READING, Agent, Json, Machine, Refused, actions_between
+from provision.plan import Running
 from tests.provision.machine import Client, FakeMachine, PowerCutError, files, snapshot_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,6 +291,37 @@ def test_a_file_added_beside_the_generation_is_drift(machine: FakeMachine, alice
     alice.push("a")
     (machine.root / "generations/1/network/99-mine.network").write_text("[Match]\n")
     assert alice.ask(do="facts")["drift"] == ["network/99-mine.network"]
+
+
+def test_a_change_by_hand_is_a_generation_that_survives_and_is_known_for_drift(
+    machine: FakeMachine, alice: Client
+) -> None:
+    alice.push("a")
+    request: Json = {"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "engine: by hand\n"}}}
+    assert Agent(machine).change(request) == {"state": "confirmed", "generation": 2}
+    assert machine.running["dsnatd"] == "engine: by hand\n"
+    machine.boot_up()
+    assert machine.running["dsnatd"] == "engine: by hand\n"
+    facts = alice.ask(do="facts")
+    assert facts["manifest"]["by_hand"] == ["dsnatd.yaml"]
+    assert "dsnatd.yaml (by ipvsadm)" in Running("gw1", facts).drift
+    with pytest.raises(Refused, match="plan again"):
+        alice.stage("b", base=1)
+
+
+def test_a_change_by_hand_that_the_engine_does_not_take_is_undone(
+    machine: FakeMachine, alice: Client
+) -> None:
+    alice.push("a")
+    machine.unwell.add(2)
+    answer = Agent(machine).change({"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "x\n"}}})
+    assert answer["state"] == "reverted"
+    assert machine.running["dsnatd"] == "engine: a\n"
+
+
+def test_a_change_by_hand_cannot_be_asked_for_over_the_network(alice: Client) -> None:
+    with pytest.raises(Refused, match="there is no request"):
+        alice.ask(do="change", files=files("a"))
 
 
 def test_old_generations_go_and_the_ones_in_use_stay(machine: FakeMachine, alice: Client) -> None:
