@@ -36,6 +36,7 @@
 
 #include "ctl/config.h"
 #include "ctl/facts.h"
+#include "ctl/log.h"
 #include "ctl/pcp_server.h"
 #include "ctl/route.h"
 #include "ctl/socket.h"
@@ -119,6 +120,7 @@ struct daemon {
 	uint64_t connected; /* digest of the prefixes that announcements were made for */
 	int epoll_fd, signal_fd, tick_fd, announce_fd;
 	uint64_t started_ns, started_s, watchdog_us;
+	struct log log;
 	uint64_t rounds[NAT_WORKERS_MAX]; /* at the last tick: a worker that makes none hangs */
 	bool stop;
 };
@@ -472,6 +474,12 @@ static void follow_port_control(struct daemon *d)
 		say(why);
 }
 
+static void say_event(void *context, const char *line)
+{
+	(void)context;
+	say(line);
+}
+
 static void tick(struct daemon *d)
 {
 	static unsigned n; /* ten a second */
@@ -484,6 +492,7 @@ static void tick(struct daemon *d)
 	if (++n % 10)
 		return;
 	watchdog(d);
+	log_drain(&d->log, d->ops, say_event, NULL);
 	route_refresh(d->route);
 	if (d->eal)
 		twins_mend(&d->twins, say);

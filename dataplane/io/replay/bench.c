@@ -45,6 +45,7 @@ struct bench {
 	struct list out, dropped;
 	struct outcome outcome;
 	struct request_ops ops;
+	struct log log;
 };
 
 static bool take_memory(struct memory *memory, size_t size)
@@ -320,6 +321,11 @@ const struct nat_config *bench_config(const struct bench *bench)
 uint64_t bench_now_ns(const struct bench *bench)
 {
 	return bench->now_ns;
+}
+
+struct log *bench_log(struct bench *bench)
+{
+	return &bench->log;
 }
 
 const struct request_ops *bench_ops(const struct bench *bench)

@@ -8,7 +8,7 @@
  *	{"verdict":"forward","reason":"ok","out":[{"if":"outside0","pkt":"45...","origin":"packet"}]}
  *
  * "out" also holds what the engine made ("origin":"engine") and held packets that it now lets go; held packets
- * that it now drops stand in "dropped". A line that cannot be read is answered with {"error":"..."} and changes
+ * that it now drops stand in "dropped", and what dsnatd would have written to its log in "log". A line that cannot be read is answered with {"error":"..."} and changes
  * nothing. Time never runs backwards: an earlier t_ns is such an error.
  */
 #include <errno.h>
@@ -87,6 +87,22 @@ static const char *verdict_word(uint8_t verdict)
 		[NAT_FORWARD] = "forward", [NAT_PASS] = "pass", [NAT_DROP] = "drop", [NAT_HOLD] = "hold"};
 
 	return words[verdict];
+}
+
+static void add_line(void *lines, const char *line)
+{
+	json_array_append_new(lines, json_string(line));
+}
+
+static void add_log(struct bench *bench, json_t *answer)
+{
+	json_t *lines = json_array();
+
+	log_drain(bench_log(bench), bench_ops(bench), add_line, lines);
+	if (json_array_size(lines))
+		json_object_set_new(answer, "log", lines);
+	else
+		json_decref(lines);
 }
 
 static json_t *outcome_json(const struct bench *bench, const struct outcome *outcome, bool of_packet)
@@ -244,7 +260,7 @@ static json_t *answer_line(struct bench *bench, const json_t *line)
 	const json_t *t_ns = json_object_get(line, "t_ns"), *ctl = json_object_get(line, "ctl"),
 		     *addresses = json_object_get(line, "addresses");
 	uint64_t now_ns = bench_now_ns(bench);
-	json_t *error;
+	json_t *error, *answer;
 
 	if (!json_is_object(line))
 		return error_json("a line must be a JSON object");
@@ -267,8 +283,11 @@ static json_t *answer_line(struct bench *bench, const json_t *line)
 			return error;
 	}
 	if (json_object_get(line, "pkt") || json_object_get(line, "if"))
-		return answer_packet(bench, line, now_ns);
-	return outcome_json(bench, bench_tick(bench, now_ns), false);
+		answer = answer_packet(bench, line, now_ns);
+	else
+		answer = outcome_json(bench, bench_tick(bench, now_ns), false);
+	add_log(bench, answer);
+	return answer;
 }
 
 static json_t *answer_text(struct bench *bench, const char *text, size_t length)

@@ -6,6 +6,7 @@
 
 #include "../../core/nat.h"
 #include "../../ctl/config.h"
+#include "../../ctl/log.h"
 #include "../../ctl/request.h"
 #include "../../ctl/socket.h"
 
@@ -69,6 +70,7 @@ struct world *bench_world(struct bench *bench);
 const struct nat_config *bench_config(const struct bench *bench);
 uint64_t bench_now_ns(const struct bench *bench);
 const struct request_ops *bench_ops(const struct bench *bench);
+struct log *bench_log(struct bench *bench);
 
 /* Pools with `active_while` are active when the gateway has that address. */
 void bench_follow_addresses(struct bench *bench);
