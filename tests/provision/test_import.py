@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from provision.dsnat import Imported, Known, import_files
 from provision.load import load
 from provision.render import render
 from provision.validate import validate
+from tests.packet import tcp
 from tests.provision.conftest import KEYS
+from tests.replay import Bench, outside
 
 HERE = Path(__file__).parent / "dsnat"
 EXAMPLE = (HERE / "keepalived.conf").read_text()
@@ -43,6 +46,20 @@ def test_the_documentations_example_imports_and_renders(tmp_path: Path) -> None:
     assert "      - 1.2.100.1\n      - 1.2.100.2-1.2.100.3\n" in made["dsnatd.yaml"]
     assert "1.1.100.1/16 dev eth0" in made["keepalived.conf"]
     assert "1.2.100.1" not in made["keepalived.conf"]
+
+
+def test_the_documentations_example_translates_as_it_did(
+    tmp_path: Path, bench: Callable[[str], Bench]
+) -> None:
+    """Its client 1.1.1.1 to its server 1.2.1.4: the pool's addresses in turn, while this node is master."""
+    imported = import_files([("keepalived.conf", EXAMPLE)], KNOWN)
+    engine = bench(files(imported, tmp_path)["dsnatd.yaml"])
+    assert engine.send(tcp("1.1.1.1:40000 > 1.2.1.4:80"), on="eth0").verdict != "forward"
+    engine.ask({"addresses": {"eth0": ["1.1.0.2", "1.1.100.1"]}})
+    answers = [engine.send(tcp(f"1.1.1.1:{40001 + n} > 1.2.1.4:80"), on="eth0") for n in range(6)]
+    assert [outside(a).split(":")[0] for a in answers] == ["1.2.100.1", "1.2.100.2", "1.2.100.3"] * 2
+    assert all(int(outside(a).split(":")[1]) >= 5000 for a in answers)
+    assert engine.send(tcp("1.9.1.1:40000 > 1.2.1.4:80"), on="eth0").reason == "no_zone"
 
 
 def test_everything_that_was_not_carried_over_is_named_with_its_line() -> None:

@@ -26,7 +26,7 @@ def fleet(found: list[dict[str, str]], identity: Path) -> str:
     lines = [
         "schema: 1",
         "defaults:",
-        f"  ssh: {{user: root, identity: {identity}, connect_timeout: 20s}}",
+        f"  ssh: {{user: root, identity: {identity}, connect_timeout: 60s}}",
         "  rollout: {failures: 1000, first_wave_percent: 10}",
         "pools:",
     ]
