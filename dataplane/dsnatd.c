@@ -1,9 +1,14 @@
 /* dsnatd: the one daemon. It reads the configuration, starts the shells that the configuration asks for, and
  * waits.
  *
- *     main thread (control)                        workers (io/dpdk/worker.c)        twin thread
- * (io/dpdk/twin.c) signals, control socket, netlink             one engine each                   frames to
- * and from the kernel reload, links, announcements, watchdog       shares nothing while busy
+ *     main thread (control)                        workers                         twin thread
+ *     signals, control socket, netlink             io/dpdk/worker.c or,            io/dpdk/twin.c
+ *     reload, links, announcements, watchdog       without DPDK ports,             frames to and from
+ *                                                  io/nfqueue/queue.c:             the kernel
+ *                                                  one engine each
+ *
+ * Without an interface on the DPDK path neither EAL nor hugepages are touched. With interfaces on both, worker 0
+ * serves the ports and the netfilter queue: one engine, so one session table and one set of pools.
  *
  * The control thread hands things to workers by swapping a pointer and raising `generation`; what was swapped
  * out goes on the list of `retired` objects and is freed when every worker has reached that generation
@@ -47,6 +52,8 @@
 #include "io/dpdk/twin.h"
 #include "io/dpdk/worker.h"
 #include "io/memory.h"
+#include "io/nfqueue/nft.h"
+#include "io/nfqueue/queue.h"
 #include "io/thread.h"
 #include "version.h"
 
@@ -110,6 +117,11 @@ struct daemon {
 	struct twins twins;
 	struct worker *workers;
 	uint32_t n_workers;
+	struct queue *queue; /* NULL: no interface on the queue path; else worker 0's */
+	struct nft_watch rules_watch;
+	bool rules_changed; /* by somebody else: to be put in place again at the next tick */
+	pthread_t queue_thread; /* only without DPDK ports */
+	bool queue_runs;
 	struct memory sessions, *engine_memory;
 	struct nat_table *table;
 	struct socket_server *socket;
@@ -125,7 +137,7 @@ struct daemon {
 	bool stop;
 };
 
-enum source { SIGNALS, TICK, ROUTES, CLIENTS, ANNOUNCE, PORT_CONTROL };
+enum source { SIGNALS, TICK, ROUTES, CLIENTS, ANNOUNCE, PORT_CONTROL, RULES };
 
 static void say(const char *sentence)
 {
@@ -243,10 +255,12 @@ static void announce_again(struct daemon *d)
 static bool send_announcement(void *context, uint8_t iface, uint32_t address_be)
 {
 	struct daemon *d = context;
-	uint8_t index = d->ports.of_iface[iface], frame[ARP_FRAME_BYTES];
+	const struct nat_interface_config *interface = &d->plan->config->nat.interfaces[iface];
+	uint8_t index, frame[ARP_FRAME_BYTES];
 
-	if (index == PORT_NONE)
-		return true;
+	if (interface->path == NAT_PATH_NFQUEUE)
+		return arp_socket_announce(interface->name, address_be);
+	index = d->ports.of_iface[iface];
 	arp_announcement(frame, d->ports.port[index].mac.addr_bytes, address_be);
 	return twins_send(&d->twins, &d->ports.port[index], frame, sizeof frame);
 }
@@ -339,10 +353,11 @@ static bool on_port_view(void *context, uint32_t i, struct request_port *view)
 {
 	struct daemon *d = context;
 
-	if (i >= d->ports.n)
-		return false;
-	port_view(&d->ports.port[i], view);
-	return true;
+	if (i < d->ports.n) {
+		port_view(&d->ports.port[i], view);
+		return true;
+	}
+	return d->queue && queue_view(d->queue, d->route, i - d->ports.n, view);
 }
 
 /* The new plan holds for each worker from its next burst on. The old one is freed when all have passed. */
@@ -353,6 +368,11 @@ static bool on_apply(void *context, struct config *next, char *why, size_t why_b
 
 	if (!plan) {
 		snprintf(why, why_bytes, "no memory for the new configuration; the old one stays");
+		return false;
+	}
+	if (d->queue && nft_update(&next->nat, why, why_bytes)) {
+		plan->config = NULL; /* still the caller's */
+		plan_free(plan);
 		return false;
 	}
 	(void)pools_follow(d, plan);
@@ -480,6 +500,34 @@ static void say_event(void *context, const char *line)
 	say(line);
 }
 
+/* ---- rules of ours that somebody else changed ---- */
+
+static void rules_seen(struct daemon *d)
+{
+	char who[128];
+
+	if (!nft_watch_serve(&d->rules_watch, who, sizeof who) || d->rules_changed)
+		return;
+	d->rules_changed = true;
+	fprintf(stderr, "dsnatd: %s has changed nftables rules of dsnatd; they are put in place again\n", who);
+}
+
+/* At most ten times a second: two programs that undo each other's work must not eat the machine. */
+static void rules_mend(struct daemon *d)
+{
+	const struct nat_config *config = &d->plan->config->nat;
+	char why[512];
+
+	if (!d->rules_changed)
+		return;
+	d->rules_changed = false;
+	if ((d->queue && nft_install(config, why, sizeof why)) ||
+	    (d->eal && guards_install(config, why, sizeof why))) {
+		say(why);
+		d->rules_changed = true;
+	}
+}
+
 static void tick(struct daemon *d)
 {
 	static unsigned n; /* ten a second */
@@ -488,6 +536,7 @@ static void tick(struct daemon *d)
 	follow_port_control(d);
 	(void)!read(d->tick_fd, &ignored, sizeof ignored);
 	links(d);
+	rules_mend(d);
 	free_retired(d);
 	if (++n % 10)
 		return;
@@ -536,6 +585,9 @@ static void wait_and_serve(struct daemon *d)
 			if (d->port_control)
 				pcp_serve(d->port_control);
 			break;
+		case RULES:
+			rules_seen(d);
+			break;
 		}
 }
 
@@ -581,6 +633,28 @@ static enum status open_devices(struct daemon *d)
 	if (ports_open(&d->ports, config, d->n_workers, why, sizeof why) ||
 	    twins_open(&d->twins, &d->ports, d->n_workers, why, sizeof why))
 		return fail(NO_DEVICE, why);
+	return STOPPED;
+}
+
+/* The rules come first: what arrives before the queue has a listener is dropped. */
+static enum status open_queue(struct daemon *d)
+{
+	const struct nat_config *config = &d->plan->config->nat;
+	struct queue_params params = {.thread = &d->workers[0].thread,
+				      .interfaces = config->interfaces,
+				      .n_interfaces = config->n_interfaces,
+				      .held_max = config->limits.fragments,
+				      .send = d->eal ? worker_send : NULL,
+				      .context = &d->workers[0]};
+	char why[512];
+
+	if (!nft_wanted(config))
+		return STOPPED;
+	if (!(d->queue = calloc(1, sizeof *d->queue)))
+		return fail(NO_MEMORY, "no memory for the queue path");
+	if (nft_install(config, why, sizeof why) || queue_open(d->queue, &params, why, sizeof why))
+		return fail(NO_DEVICE, why);
+	d->workers[0].queue = d->queue;
 	return STOPPED;
 }
 
@@ -638,6 +712,8 @@ static enum status open_worker(struct daemon *d, uint32_t index, uint64_t seed)
 	w->thread.engine = nat_engine_init(d->engine_memory[index].base, &params);
 	if (!w->thread.engine)
 		return fail(NO_MEMORY, "an engine cannot be set up; lower engine.max_sessions");
+	if (!d->eal)
+		return STOPPED;
 	if (worker_open(w, d->workers, d->n_workers, &d->ports, &d->twins, why, sizeof why))
 		return fail(NO_MEMORY, why);
 	return STOPPED;
@@ -664,6 +740,7 @@ static enum status open_control(struct daemon *d)
 	if (d->tick_fd < 0 || timerfd_settime(d->tick_fd, 0, &tenth, NULL) ||
 	    !watch(d, d->signal_fd, SIGNALS) || !watch(d, d->tick_fd, TICK) ||
 	    !watch(d, d->announce_fd, ANNOUNCE) || !watch(d, route_fd(d->route), ROUTES) ||
+	    !watch(d, nft_watch_open(&d->rules_watch), RULES) ||
 	    !watch(d, socket_fd(d->socket), CLIENTS))
 		return fail(FAILED, "no descriptors for the control thread");
 	return STOPPED;
@@ -691,7 +768,7 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		if ((status = open_worker(d, w, seed)))
 			return status;
-	if ((status = open_control(d)))
+	if ((status = open_queue(d)) || (status = open_control(d)))
 		return status;
 	for (uint32_t i = 0; i < d->ports.n; i++)
 		if (d->ports.port[i].up)
@@ -701,6 +778,11 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	for (uint32_t w = 0; w < d->n_workers && d->eal; w++)
 		if (rte_eal_remote_launch(worker_run, &d->workers[w], w + 1))
 			return fail(FAILED, "a worker does not start");
+	if (d->queue && !d->eal) {
+		if (pthread_create(&d->queue_thread, NULL, queue_run, d->queue))
+			return fail(FAILED, "a worker does not start");
+		d->queue_runs = true;
+	}
 	announce_again(d);
 	follow_port_control(d);
 	return STOPPED;
@@ -720,6 +802,12 @@ static void stop(struct daemon *d)
 		twins_stop(&d->twins);
 		ports_close(&d->ports);
 	}
+	if (d->queue_runs)
+		pthread_join(d->queue_thread, NULL);
+	if (d->queue)
+		queue_close(d->queue);
+	free(d->queue);
+	nft_watch_close(&d->rules_watch);
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		atomic_store(&d->workers[w].thread.passed, UINT64_MAX);
 	pcp_close(d->port_control);

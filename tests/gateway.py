@@ -3,14 +3,16 @@
     client 100.64.0.10 --- vin [ inside0 100.64.0.1 | outside0 198.51.100.1 ] vout --- server 198.51.100.10
 
 On the path `dpdk` the engine takes vin and vout with net_af_packet, no hugepages needed; inside0 and
-outside0 are its twins. `new_gateway` returns when ready; the gateway ends with the lab. `close` judges the
-end: status 0 and the accounting equation exact.
+outside0 are its twins. On the path `nfqueue` the veths themselves are called inside0 and outside0, and the
+kernel keeps them. A hybrid has one side on each. `new_gateway` returns when ready; the gateway ends with the lab. `close` judges the end:
+status 0 and the accounting equation exact.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,11 +31,31 @@ zones:
   - {{source: 100.64.0.0/16, pool: public}}
 """
 
-DPDK_INTERFACES = """\
-interfaces:
-  - {name: inside0, role: inside, path: dpdk, device: "net_af_packet0,iface=vin"}
-  - {name: outside0, role: outside, path: dpdk, device: "net_af_packet1,iface=vout"}
-"""
+# the interfaces that a configuration names, and the kernel's wires behind them
+WIRES = {
+    "dpdk": {"inside": "vin", "outside": "vout"},
+    "nfqueue": {"inside": "inside0", "outside": "outside0"},
+}
+
+# one path for both sides; in a hybrid each side has its own
+PATHS = {
+    "dpdk": {"inside": "dpdk", "outside": "dpdk"},
+    "nfqueue": {"inside": "nfqueue", "outside": "nfqueue"},
+    "kernel-inside": {"inside": "nfqueue", "outside": "dpdk"},
+    "kernel-outside": {"inside": "dpdk", "outside": "nfqueue"},
+}
+
+
+def interfaces(path: str) -> str:
+    text = "interfaces:\n"
+    for number, (side, kind) in enumerate(PATHS[path].items()):
+        device = f', device: "net_af_packet{number},iface={WIRES[kind][side]}"' if kind == "dpdk" else ""
+        text += f"  - {{name: {side}0, role: {side}, path: {kind}{device}}}\n"
+    return text
+
+
+DPDK_INTERFACES = interfaces("dpdk")
+INTERFACES = {path: interfaces(path) for path in PATHS}
 
 
 def config(
@@ -54,8 +76,13 @@ class Gateway:
     program: Path
     file: Path
     socket: Path
+    path: str = "dpdk"
     daemon: Program = field(init=False)
     starts: int = 0
+
+    def port(self, side: str) -> str:
+        """The kernel's end of that side's wire."""
+        return WIRES[PATHS[self.path][side]][side]
 
     def argv(self) -> tuple[str, ...]:
         return (str(self.program), "--config", str(self.file), "--socket", str(self.socket))
@@ -112,21 +139,44 @@ class Gateway:
         assert status == 0, f"dsnatd ended with status {status}:\n{self.daemon.text()[-3000:]}"
 
 
-def new_gateway(lab: Lab, program: Path, text: str, *, start: bool = True) -> Gateway:
+def new_gateway(
+    lab: Lab, program: Path, text: str = "", *, path: str = "dpdk", start: bool = True
+) -> Gateway:
+    """`text` is the whole configuration; without one, the usual pool over `path`."""
     client, space, server = (lab.netns(side) for side in ("client", "gateway", "server"))
-    lab.wire(client, "eth0", space, "vin")
-    lab.wire(space, "vout", server, "eth0")
+    lab.wire(client, "eth0", space, WIRES[PATHS[path]["inside"]]["inside"])
+    lab.wire(space, WIRES[PATHS[path]["outside"]]["outside"], server, "eth0")
     client.ip(f"address add {CLIENT}/24 dev eth0")
     client.ip(f"route add default via {INSIDE_ADDRESS}")
     server.ip(f"address add {SERVER}/24 dev eth0")
     server.ip(f"route add 203.0.113.0/24 via {OUTSIDE_ADDRESS}")
     file = lab.directory / "dsnatd.yaml"
-    file.write_text(text)
+    file.write_text(text or config(interfaces=interfaces(path)))
     # not in the test's directory: a socket's path has at most 107 bytes
     control = Path("/tmp", f"{lab.prefix}-{os.getpid()}.sock")
     lab.undo.callback(control.unlink, missing_ok=True)
-    gateway = Gateway(space, client, server, program, file, control)
+    gateway = Gateway(space, client, server, program, file, control, path)
     if start:
         gateway.start()
         gateway.address()
     return gateway
+
+
+def watch(space: Netns, what: str, name: str) -> Program:
+    """A tcpdump that has begun to listen."""
+    log, errors = f"{name}.log", f"{name}-errors.log"
+    argv = ("tcpdump", "-n", "-e", "-l", "--immediate-mode", "-i", "eth0", *what.split())
+    program = space.start(*argv, log=log, errors=errors)
+    path = space.lab.directory / errors
+    wait_until("tcpdump to listen", lambda: "listening on" in path.read_text())
+    return program
+
+
+def mac_of(space: Netns, name: str) -> str:
+    found = re.search(r"link/ether (\S+)", space.ip(f"link show {name}"))
+    assert found
+    return found[1]
+
+
+def ping(space: Netns, address: str, *options: str) -> str:
+    return space.run("ping", "-n", "-c", "3", "-i", "0.05", "-W", "2", *options, address, check=False)

@@ -5,7 +5,7 @@ does not move: the fail-closed rules, the rules that drop the kernel's own copy 
 twins. That is right for a gateway, and wrong for a machine that is to become something else. Only this verb
 removes them, and only when no engine runs.
 
-    nft tables    inet dsnat_failclosed, netdev dsnat-*
+    nft tables    inet dsnat_failclosed, ip dsnat (the queue path), netdev dsnat-*
     interfaces    TAP devices with the name of a DPDK interface of the configuration (the twins), TUN dsnat0
 """
 
@@ -39,7 +39,7 @@ def tables(listing: str) -> list[tuple[str, str]]:
     for item in json.loads(listing).get("nftables", []):
         table: dict[str, Any] = item.get("table", {})
         family, name = table.get("family", ""), table.get("name", "")
-        if (family, name) == ("inet", "dsnat_failclosed") or (
+        if (family, name) in {("inet", "dsnat_failclosed"), ("ip", "dsnat")} or (
             family == "netdev" and name.startswith("dsnat-")
         ):
             found.append((family, name))

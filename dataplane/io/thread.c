@@ -71,9 +71,12 @@ void thread_attend(struct thread *t, uint64_t generation, uint64_t now_ns)
 	}
 }
 
-void thread_sleep(struct thread *t, int fd, uint32_t wait_us, bool (*pending)(void *context), void *context)
+void thread_sleep(struct thread *t, int ports_fd, int queue_fd, uint32_t wait_us,
+		  bool (*pending)(void *context), void *context)
 {
-	struct pollfd fds[2] = {{.fd = t->wake_fd, .events = POLLIN}, {.fd = fd, .events = POLLIN}};
+	struct pollfd fds[3] = {{.fd = t->wake_fd, .events = POLLIN}, /* poll() skips negative ones */
+				{.fd = ports_fd, .events = POLLIN},
+				{.fd = queue_fd, .events = POLLIN}};
 	struct timespec wait = {.tv_sec = wait_us / 1000000, .tv_nsec = wait_us % 1000000 * 1000};
 	uint64_t ignored;
 
@@ -81,7 +84,7 @@ void thread_sleep(struct thread *t, int fd, uint32_t wait_us, bool (*pending)(vo
 	if (atomic_load(t->generation) == t->passed && !atomic_load(&t->job) && !atomic_load(&t->stop) &&
 	    !pending(context)) {
 		t->sleeps++;
-		if (ppoll(fds, fd < 0 ? 1 : 2, &wait, NULL) > 0 && fds[0].revents)
+		if (ppoll(fds, 3, &wait, NULL) > 0 && fds[0].revents)
 			(void)!read(t->wake_fd, &ignored, sizeof ignored);
 	}
 	atomic_store(&t->asleep, false);

@@ -7,6 +7,9 @@
  *     nat_engine_next() --> settle() as well                               +-- handover: the owner's inbox
  *     inbox of others' handovers --> nat_engine_run()
  *     frames of the kernel (worker 0) --> tx burst
+ *     netfilter queue, in a hybrid (worker 0) --> nat_engine_run() --> verdict, or a copy to a tx burst
+ *
+ * A next hop on an interface that the kernel owns (NAT_HOP_KERNEL) is reached through dsnat0.
  *
  * A busy worker makes no system call and takes no lock for a packet: time is read once a burst (vDSO), frames
  * for the kernel go through a ring, next hops are read from route.c's tables. The exception is a port with
@@ -77,6 +80,8 @@ static void flush_all(struct worker *w)
 	for (uint32_t i = 0; i < w->ports->n; i++)
 		if (w->out[i].n)
 			out_flush(w, i);
+	if (w->queue)
+		queue_flush(w->queue);
 }
 
 /* `pkt` must stay until flush_all(). */
@@ -239,8 +244,8 @@ static void waits_serve(struct worker *w, uint64_t now_ns)
 
 /* ---- verdicts ---- */
 
-/* The engine made this packet in its own memory: give it a frame. */
-static struct rte_mbuf *frame_for_made(struct worker *w, const struct nat_pkt *pkt)
+/* Its bytes are the engine's own or lie in a slot of the queue: give it a frame. */
+static struct rte_mbuf *frame_for(struct worker *w, const struct nat_pkt *pkt)
 {
 	struct rte_mbuf *m = rte_pktmbuf_alloc(w->ports->pool);
 	char *data = m ? rte_pktmbuf_append(m, (uint16_t)(ETHER_BYTES + pkt->len_bytes)) : NULL;
@@ -253,9 +258,28 @@ static struct rte_mbuf *frame_for_made(struct worker *w, const struct nat_pkt *p
 	return m;
 }
 
-static void forward(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns)
+static bool is_from_queue(const struct worker *w, const struct nat_pkt *pkt)
 {
-	struct rte_mbuf *m = pkt->made ? frame_for_made(w, pkt) : pkt->cookie;
+	return !pkt->made && w->ports->of_iface[pkt->iface] == PORT_NONE;
+}
+
+/* To an interface that the kernel owns. One that the configuration does not name may get errors that the
+ * engine made, but nothing translated: a pool belongs outside. */
+static void to_kernel(struct worker *w, const struct nat_pkt *pkt)
+{
+	bool may = w->queue && (pkt->made || pkt->hop.iface < NAT_INTERFACES_MAX);
+
+	if (!may)
+		nat_engine_undo(w->thread.engine, pkt, NAT_REASON_NO_ROUTE);
+	else if (!queue_inject(w->queue, pkt))
+		nat_engine_undo(w->thread.engine, pkt, NAT_REASON_TX_FULL);
+	if (!pkt->made)
+		rte_pktmbuf_free(pkt->cookie);
+}
+
+static void to_port(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns)
+{
+	struct rte_mbuf *m = pkt->made || is_from_queue(w, pkt) ? frame_for(w, pkt) : pkt->cookie;
 	enum nat_reason reason = NAT_REASON_OK;
 	uint32_t index = pkt->hop.iface < NAT_INTERFACES_MAX ? w->ports->of_iface[pkt->hop.iface] : PORT_NONE;
 	uint8_t mac[6];
@@ -279,6 +303,20 @@ static void forward(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns
 	}
 }
 
+static void forward(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns)
+{
+	if (pkt->hop.kind == NAT_HOP_KERNEL)
+		to_kernel(w, pkt);
+	else
+		to_port(w, pkt, now_ns);
+}
+
+/* queue_params.send */
+void worker_send(void *worker, const struct nat_pkt *pkt, uint64_t now_ns)
+{
+	to_port(worker, pkt, now_ns);
+}
+
 static void hand_over(struct worker *w, const struct nat_pkt *pkt)
 {
 	struct worker *owner = &w->peers[pkt->owner];
@@ -294,6 +332,10 @@ static void hand_over(struct worker *w, const struct nat_pkt *pkt)
 
 static void settle(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns)
 {
+	if (is_from_queue(w, pkt)) {
+		queue_settle(w->queue, pkt, now_ns);
+		return;
+	}
 	switch ((enum nat_verdict)pkt->verdict) {
 	case NAT_FORWARD:
 		forward(w, pkt, now_ns);
@@ -447,6 +489,16 @@ static uint32_t from_kernel(struct worker *w)
 	return n;
 }
 
+static uint32_t receive_queue(struct worker *w, uint64_t now_ns)
+{
+	struct nat_pkt pkt[QUEUE_BURST];
+	uint32_t n = w->queue ? queue_receive(w->queue, pkt, now_ns) : 0;
+
+	if (n)
+		translate(w, pkt, n, now_ns);
+	return n;
+}
+
 /* ---- the loop ---- */
 
 static uint32_t round_of(struct worker *w, uint64_t now_ns)
@@ -458,6 +510,7 @@ static uint32_t round_of(struct worker *w, uint64_t now_ns)
 		n += receive(w, &w->ports->port[i], now_ns);
 	n += take_over(w, now_ns);
 	n += from_kernel(w);
+	n += receive_queue(w, now_ns);
 	if (now_ns - w->run_ns >= TICK_NS) {
 		nat_engine_tick(w->thread.engine, now_ns);
 		w->run_ns = now_ns;
@@ -499,17 +552,18 @@ static void idle(struct worker *w, uint32_t rounds)
 	uint32_t doubled = (rounds - IDLE_ROUNDS) / 4;
 	uint32_t wait_us = doubled < 6 ? SLEEP_MIN_US << doubled : SLEEP_MAX_US;
 	uint64_t start_ns = thread_clock_ns();
+	int queue_fd = w->queue ? w->queue->epoll_fd : -1;
 
 	if (w->interrupt_fd >= 0) {
 		struct rte_epoll_event event[8];
 
 		interrupts(w, true);
 		if (!round_of(w, start_ns)) /* what came before the interrupt was on */
-			thread_sleep(&w->thread, w->interrupt_fd, wait_us, pending, w);
+			thread_sleep(&w->thread, w->interrupt_fd, queue_fd, wait_us, pending, w);
 		(void)rte_epoll_wait(w->interrupt_fd, event, RTE_DIM(event), 0);
 		interrupts(w, false);
 	} else {
-		thread_sleep(&w->thread, -1, wait_us, pending, w);
+		thread_sleep(&w->thread, -1, queue_fd, wait_us, pending, w);
 	}
 	w->thread.idle_ns += thread_clock_ns() - start_ns;
 }

@@ -4,6 +4,7 @@
 
 #include <rte_ring.h>
 
+#include "../nfqueue/queue.h"
 #include "../thread.h"
 #include "port.h"
 #include "twin.h"
@@ -31,6 +32,7 @@ struct worker {
 	struct twins *twins;
 	struct worker *peers; /* all workers, by number */
 	uint32_t n_workers;
+	struct queue *queue;    /* NULL: no interface on the queue path */
 	struct rte_ring *inbox; /* from other workers */
 	bool passed_something;
 	uint32_t n_waits, neighbour_generation;
@@ -44,6 +46,9 @@ struct worker {
 int worker_open(struct worker *w, struct worker *peers, uint32_t n_workers, struct ports *ports,
 		struct twins *twins, char *why, size_t why_bytes);
 void worker_close(struct worker *w);
+
+/* queue_params.send: a packet of the netfilter queue leaves by a port. `worker` is a struct worker. */
+void worker_send(void *worker, const struct nat_pkt *pkt, uint64_t now_ns);
 
 /* The loop, until thread.stop. For rte_eal_remote_launch(). */
 int worker_run(void *worker);
