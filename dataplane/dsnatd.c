@@ -109,6 +109,8 @@ struct daemon {
 	struct options options;
 	const char *path; /* of the configuration */
 	struct plan *plan;
+	/* a reload cannot change them, and ports, routes and queue outlive the plan that they came with */
+	struct nat_interface_config interfaces[NAT_INTERFACES_MAX];
 	_Atomic uint64_t generation;
 	struct retired *retired;
 	struct route *route;
@@ -119,7 +121,7 @@ struct daemon {
 	uint32_t n_workers;
 	struct queue *queue; /* NULL: no interface on the queue path; else worker 0's */
 	struct nft_watch rules_watch;
-	bool rules_changed; /* by somebody else: to be put in place again at the next tick */
+	bool rules_changed;     /* by somebody else: to be put in place again at the next tick */
 	pthread_t queue_thread; /* only without DPDK ports */
 	bool queue_runs;
 	struct memory sessions, *engine_memory;
@@ -509,7 +511,8 @@ static void rules_seen(struct daemon *d)
 	if (!nft_watch_serve(&d->rules_watch, who, sizeof who) || d->rules_changed)
 		return;
 	d->rules_changed = true;
-	fprintf(stderr, "dsnatd: %s has changed nftables rules of dsnatd; they are put in place again\n", who);
+	fprintf(stderr, "dsnatd: %s has changed nftables rules of dsnatd; they are put in place again\n",
+		who);
 }
 
 /* At most ten times a second: two programs that undo each other's work must not eat the machine. */
@@ -641,7 +644,7 @@ static enum status open_queue(struct daemon *d)
 {
 	const struct nat_config *config = &d->plan->config->nat;
 	struct queue_params params = {.thread = &d->workers[0].thread,
-				      .interfaces = config->interfaces,
+				      .interfaces = d->interfaces,
 				      .n_interfaces = config->n_interfaces,
 				      .held_max = config->limits.fragments,
 				      .send = d->eal ? worker_send : NULL,
@@ -740,8 +743,7 @@ static enum status open_control(struct daemon *d)
 	if (d->tick_fd < 0 || timerfd_settime(d->tick_fd, 0, &tenth, NULL) ||
 	    !watch(d, d->signal_fd, SIGNALS) || !watch(d, d->tick_fd, TICK) ||
 	    !watch(d, d->announce_fd, ANNOUNCE) || !watch(d, route_fd(d->route), ROUTES) ||
-	    !watch(d, nft_watch_open(&d->rules_watch), RULES) ||
-	    !watch(d, socket_fd(d->socket), CLIENTS))
+	    !watch(d, nft_watch_open(&d->rules_watch), RULES) || !watch(d, socket_fd(d->socket), CLIENTS))
 		return fail(FAILED, "no descriptors for the control thread");
 	return STOPPED;
 }
@@ -749,7 +751,7 @@ static enum status open_control(struct daemon *d)
 static enum status start(struct daemon *d, struct request_ops *ops)
 {
 	const struct nat_config *config = &d->plan->config->nat;
-	struct route_params routes = {.interfaces = config->interfaces,
+	struct route_params routes = {.interfaces = d->interfaces,
 				      .n_interfaces = config->n_interfaces,
 				      .context = d,
 				      .changed = route_changed,
@@ -758,6 +760,7 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	char why[256];
 	enum status status;
 
+	memcpy(d->interfaces, config->interfaces, config->n_interfaces * sizeof d->interfaces[0]);
 	if (getrandom(&seed, sizeof seed, 0) != (ssize_t)sizeof seed)
 		return fail(FAILED, "the kernel gives no random numbers");
 	if ((status = open_socket(d, ops)) || (status = open_sessions(d, seed)) || (status = open_devices(d)))

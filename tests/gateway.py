@@ -4,8 +4,8 @@
 
 On the path `dpdk` the engine takes vin and vout with net_af_packet, no hugepages needed; inside0 and
 outside0 are its twins. On the path `nfqueue` the veths themselves are called inside0 and outside0, and the
-kernel keeps them. A hybrid has one side on each. `new_gateway` returns when ready; the gateway ends with the lab. `close` judges the end:
-status 0 and the accounting equation exact.
+kernel keeps them. A hybrid has one side on each. `new_gateway` returns when ready; the gateway ends with the
+lab. `close` judges the end: status 0 and the accounting equation exact.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ def interfaces(path: str) -> str:
 
 
 DPDK_INTERFACES = interfaces("dpdk")
-INTERFACES = {path: interfaces(path) for path in PATHS}
 
 
 def config(

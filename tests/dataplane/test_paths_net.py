@@ -1,4 +1,4 @@
-"""What holds on every path: real clients and servers, through DPDK ports, through the kernel's queue, and both.
+"""What holds on every path: through DPDK ports, through the kernel's queue, and through one of each.
 
 `tests/gateway.py` draws the topology and names the paths.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway import INTERFACES, PATHS, Gateway, config, mac_of, new_gateway, ping, watch
+from tests.gateway import PATHS, Gateway, config, interfaces, mac_of, new_gateway, ping, watch
 from tests.lab import Lab, wait_until
 from tests.traffic import CLIENT, POOL, SERVER, Servers, send
 
@@ -60,9 +60,8 @@ pools:
 zones:
   - {source: 100.64.0.0/16, pool: near}
 """
-    gateway = new_gateway(
-        lab, program("dsnatd"), config(interfaces=INTERFACES[path], rest=rest), path=path, start=False
-    )
+    text = config(interfaces=interfaces(path), rest=rest)
+    gateway = new_gateway(lab, program("dsnatd"), text, path=path, start=False)
     seen = watch(gateway.server, "arp", "arp")
     gateway.start()
     gateway.address()
@@ -88,7 +87,8 @@ pools:
 zones:
   - {source: 100.64.0.0/16, pool: public}
 """
-    gateway = new_gateway(lab, program("dsnatd"), config(interfaces=INTERFACES[path], rest=rest), path=path)
+    text = config(interfaces=interfaces(path), rest=rest)
+    gateway = new_gateway(lab, program("dsnatd"), text, path=path)
     seen = watch(gateway.server, "arp", "arp")
     assert " 0 received" in ping(gateway.client, SERVER)
     assert gateway.reason("pool_inactive") == 3

@@ -126,7 +126,7 @@ static int port_open(struct port *p, const struct nat_interface_config *c, uint3
 	char name[128];
 	int status;
 
-	p->name = c->name;
+	snprintf(p->name, sizeof p->name, "%s", c->name);
 	p->outside = c->role == NAT_ROLE_OUTSIDE;
 	snprintf(p->device, sizeof p->device, "%s", c->device);
 	eal_device_name(c->device, name, sizeof name);

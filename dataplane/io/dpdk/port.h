@@ -26,7 +26,7 @@ struct port {
 	_Atomic bool up;
 	/* the rest */
 	struct twin *twin;
-	const char *name;
+	char name[NAT_NAME_MAX];
 	char device[128];
 	uint16_t mtu_bytes;
 	uint32_t speed_mbps;

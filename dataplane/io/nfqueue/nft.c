@@ -77,7 +77,8 @@ static void put_zones(FILE *to, const struct nat_config *config)
 
 	for (uint32_t i = 0; i < config->n_zones; i++) {
 		const struct nat_prefix *source = &config->zones[i].source;
-		uint32_t rest = source->length_bits ? UINT32_MAX >> 1 >> (source->length_bits - 1) : UINT32_MAX;
+		uint32_t rest =
+			source->length_bits ? UINT32_MAX >> 1 >> (source->length_bits - 1) : UINT32_MAX;
 
 		put_elements(to, &any, source->address & ~rest, source->address | rest);
 	}

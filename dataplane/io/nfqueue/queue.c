@@ -42,15 +42,15 @@
 
 #include "tun.h"
 
-#define SLOT_BYTES     (65536u + 512u) /* the largest packet, and what netlink puts around it */
-#define QUEUE_LENGTH   8192u           /* packets that the kernel keeps for us, beside held ones */
-#define SOCKET_BYTES   (32 << 20)
-#define FLUSH_BYTES    65536u /* of verdicts in one message: the kernel must find memory for it in one piece */
-#define TICK_NS        1000000u
-#define LOOK_NS        1000000000u
-#define SLEEP_US       10000u
-#define VECTORS_EACH   2u
-#define UNKNOWN_IFACE  0xffu
+#define SLOT_BYTES    (65536u + 512u) /* the largest packet, and what netlink puts around it */
+#define QUEUE_LENGTH  8192u           /* packets that the kernel keeps for us, beside held ones */
+#define SOCKET_BYTES  (32 << 20)
+#define FLUSH_BYTES   65536u /* of verdicts in one message: the kernel must find memory for it in one piece */
+#define TICK_NS       1000000u
+#define LOOK_NS       1000000000u
+#define SLEEP_US      10000u
+#define VECTORS_EACH  2u
+#define UNKNOWN_IFACE 0xffu
 
 struct queue_slot {
 	struct queue_slot *next;
@@ -438,8 +438,8 @@ static void refill(struct queue *q)
 static void serve_arp(struct queue *q)
 {
 	for (uint32_t i = 0; i < q->n_arp; i++)
-		for (uint32_t n = arp_socket_serve(&q->arp[i], q->params.thread->plan,
-						   q->params.thread->route);
+		for (uint32_t n =
+			     arp_socket_serve(&q->arp[i], q->params.thread->plan, q->params.thread->route);
 		     n > 0; n--)
 			nat_engine_bypass(q->params.thread->engine, NAT_PASS, NAT_REASON_ARP_ANSWERED);
 }
@@ -592,8 +592,8 @@ static void arp_open(struct queue *q)
 	for (uint8_t i = 0; i < q->params.n_interfaces; i++)
 		if (q->params.interfaces[i].path == NAT_PATH_NFQUEUE &&
 		    q->params.interfaces[i].role == NAT_ROLE_OUTSIDE)
-			q->arp[q->n_arp++] =
-				(struct arp_socket){.fd = -1, .iface = i, .name = q->params.interfaces[i].name};
+			q->arp[q->n_arp++] = (struct arp_socket){
+				.fd = -1, .iface = i, .name = q->params.interfaces[i].name};
 }
 
 int queue_open(struct queue *q, const struct queue_params *params, char *why, size_t why_bytes)
@@ -671,7 +671,8 @@ uint64_t queue_overruns(void)
 	unsigned number;
 	unsigned long long full, socket_full, total = 0;
 
-	while (file && fscanf(file, "%u %*u %*u %*u %*u %llu %llu %*u %*u", &number, &full, &socket_full) == 3)
+	while (file &&
+	       fscanf(file, "%u %*u %*u %*u %*u %llu %llu %*u %*u", &number, &full, &socket_full) == 3)
 		if (number == QUEUE_FIRST)
 			total = full + socket_full;
 	if (file)
