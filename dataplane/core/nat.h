@@ -50,6 +50,7 @@ struct nat_interface_config {
 	enum nat_role role;
 	enum nat_path path;
 	uint16_t mtu_bytes; /* 0: the device's own */
+	bool silent;        /* no ICMP error that the engine makes leaves by it (RFC 5508 REQ-9) */
 };
 
 struct nat_range { /* addresses first..last inclusive, host order */

@@ -421,8 +421,10 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 	p->refusal = (uint8_t)config->refusal;
 	p->pass_other_protocols = config->pass_other_protocols;
 	p->address_key = nat_key_from_seed(0, 'a');
-	for (uint32_t i = 0; i < config->n_interfaces; i++)
+	for (uint32_t i = 0; i < config->n_interfaces; i++) {
 		p->role[i] = (uint8_t)config->interfaces[i].role;
+		p->silent[i] = config->interfaces[i].silent;
+	}
 	for (uint32_t i = 0, turns = 0; i < config->n_pools; i++)
 		build_pool(p, i, &config->pools[i], &turns);
 	find_address_span(p);

@@ -93,6 +93,7 @@ struct nat_worker_notes { /* written by one worker only */
 struct nat_policy {
 	uint32_t n_interfaces, n_pools, n_zones, n_addresses, n_intervals, n_workers;
 	uint8_t role[NAT_INTERFACES_MAX];
+	bool silent[NAT_INTERFACES_MAX];
 	struct nat_pool *pool;
 	struct nat_zone *zone;
 	struct nat_address *address;

@@ -38,6 +38,8 @@ static const char *const refusal_words[] = {[NAT_REFUSAL_SILENT] = "silent",
 					    [NAT_REFUSAL_ICMP_ADMIN] = "icmp-admin",
 					    [NAT_REFUSAL_ICMP_HOST] = "icmp-host"};
 
+static const char *const switch_words[] = {"off", "on"};
+
 const char *config_role_word(enum nat_role role)
 {
 	return role_words[role];
@@ -161,12 +163,10 @@ static void read_device(struct config *config, const struct node *node, char *ou
 static bool read_interface(struct config *config, const struct node *node, struct nat_interface_config *out,
 			   unsigned flags)
 {
-	enum { NAME, ROLE, PATH, DEVICE, MTU };
-	static const struct key keys[] = {[NAME] = {"name", true},
-					  [ROLE] = {"role", true},
-					  [PATH] = {"path", false},
-					  [DEVICE] = {"device", false},
-					  [MTU] = {"mtu", false}};
+	enum { NAME, ROLE, PATH, DEVICE, MTU, ICMP_ERRORS };
+	static const struct key keys[] = {[NAME] = {"name", true},  [ROLE] = {"role", true},
+					  [PATH] = {"path", false}, [DEVICE] = {"device", false},
+					  [MTU] = {"mtu", false},   [ICMP_ERRORS] = {"icmp_errors", false}};
 	static const char *const taken[] = {"all", "default", "lo", "dsnat0"};
 	const struct node *value[COUNT(keys)];
 	bool has_path = true;
@@ -191,6 +191,9 @@ static bool read_interface(struct config *config, const struct node *node, struc
 	if (value[PATH] && has_path)
 		out->path = (enum nat_path)word;
 	config_read_u16(config, value[MTU], "mtu", 576, 65535, &out->mtu_bytes);
+	if (config_read_word(config, value[ICMP_ERRORS], "icmp_errors", switch_words, COUNT(switch_words),
+			     &word))
+		out->silent = word == 0;
 	if (value[DEVICE] && has_path && out->path == NAT_PATH_NFQUEUE)
 		config_error(config, value[DEVICE],
 			     "an interface with path nfqueue has no device, the kernel keeps it; remove "
@@ -629,7 +632,6 @@ void config_keys(struct config *config, const struct node *root, struct places *
 	};
 	static const char *const profiles[] = {"default", "dsnat"};
 	static const char *const other_words[] = {"drop", "pass"};
-	static const char *const switch_words[] = {"off", "on"};
 	const struct node *value[COUNT(keys)];
 	struct nat_pool_config pool;
 	unsigned word = 0;

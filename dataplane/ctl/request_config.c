@@ -78,6 +78,8 @@ static json_t *interface_json(const struct nat_interface_config *i)
 		json_object_set_new(one, "device", json_string(i->device));
 	if (i->mtu_bytes)
 		json_object_set_new(one, "mtu", request_number(i->mtu_bytes));
+	if (i->silent)
+		json_object_set_new(one, "icmp_errors", json_string("off"));
 	return one;
 }
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from dsnatctl.client import Json
 
-# setting -> what it gives up
+# What a setting gives up. tests/repo/test_rfc.py holds these two and the table together.
 DEPENDENT = (
-    "RFC 4787 REQ-1, REQ-3, REQ-8, REQ-9; RFC 5382 REQ-1, REQ-3, REQ-7, REQ-8; RFC 5508 REQ-1a, REQ-7; "
-    "RFC 6888 REQ-1, REQ-7, REQ-9"
+    "RFC 4787 REQ-1, REQ-3, REQ-3a, REQ-4, REQ-8, REQ-9, REQ-9a; "
+    "RFC 5382 REQ-1, REQ-3, REQ-7, REQ-8, REQ-8a; RFC 5508 REQ-1a, REQ-7, REQ-7a; "
+    "RFC 6888 REQ-1, REQ-7, REQ-9; RFC 7857 §12"
 )
 ROUND_ROBIN = "RFC 4787 REQ-2; RFC 6888 REQ-2; RFC 7857 §4"
 # timer -> (at least this many seconds, clause)

@@ -314,6 +314,23 @@ def test_rfc5508_req8_the_errors_are_limited_in_rate(bench: Start, mapping: str)
 
 
 @BOTH
+def test_rfc5508_req9_no_error_of_the_gateways_own_leaves_a_silent_interface(
+    bench: Start, mapping: str
+) -> None:
+    config = configuration(mapping).replace(
+        "role: outside, path: dpdk", "role: outside, path: dpdk, icmp_errors: off"
+    )
+    replay = bench(config)
+    mapped = outside(replay.send(udp(f"{HOST} > {REMOTE}")))
+    late = replay.send(udp(f"{REMOTE} > {mapped}", ttl=1), on="outside0")
+    assert (late.reason, late.out) == ("ttl_expired", ())
+    assert len(replay.send(udp(f"{HOST} > {REMOTE}", ttl=1)).out) == 1, "the other interface is not"
+    reply = replay.send(udp(f"{REMOTE} > {mapped}"), on="outside0")
+    error = replay.send(icmp_error("100.64.0.2 > 198.51.100.1", 3, 3, reply.out[0].raw))
+    assert error.out[0].interface == "outside0", "translated errors are not its own"
+
+
+@BOTH
 def test_rfc5508_req10_the_gateway_is_a_hop_of_traceroute_both_ways(bench: Start, mapping: str) -> None:
     replay = bench(configuration(mapping))
     probe = udp("100.64.0.2:33434 > 198.51.100.1:33434", ttl=1)

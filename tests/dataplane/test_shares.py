@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -92,13 +93,15 @@ def by_arithmetic(host: int) -> tuple[str, int, int]:
 
 
 DETERMINISTIC = (
-    "{name: p, addresses: [203.0.113.1-203.0.113.4], select: paired, "
+    "{name: p, addresses: [203.0.113.1-203.0.113.4], select: paired, mapping: MAPPING, "
     "deterministic: 100.64.0.0/22, dynamic_ports: 8192}"
 )
+BOTH = pytest.mark.parametrize("mapping", ["endpoint-dependent", "endpoint-independent"])
 
 
-def test_rfc7422_det1_arithmetic_predicts_every_tuple(bench: Callable[[str], Bench]) -> None:
-    nat = bench(CONFIG.replace("POOL", DETERMINISTIC))
+@BOTH
+def test_rfc7422_det1_arithmetic_predicts_every_tuple(bench: Callable[[str], Bench], mapping: str) -> None:
+    nat = bench(CONFIG.replace("POOL", DETERMINISTIC.replace("MAPPING", mapping)))
     for host in (0, 1, 255, 256, 700, 1023):
         address, first, ports = by_arithmetic(host)
         for n in range(20):
@@ -107,19 +110,25 @@ def test_rfc7422_det1_arithmetic_predicts_every_tuple(bench: Callable[[str], Ben
             assert first <= port_of(got) < first + ports
 
 
-def test_rfc7422_det2_another_seed_changes_nothing_but_the_order(bench: Callable[[str], Bench]) -> None:
-    for _ in range(2):
-        nat = bench(CONFIG.replace("POOL", DETERMINISTIC))
-        address, first, ports = by_arithmetic(513)
-        got = outside(nat.send(tcp("100.64.2.1:5000 > 198.51.100.1:80")))
-        assert address_of(got) == address
-        assert first <= port_of(got) < first + ports
-
-
-def test_rfc7422_det4_a_host_that_overflows_draws_from_the_dynamic_share(
-    bench: Callable[[str], Bench],
+@BOTH
+def test_rfc7422_det2_every_engine_gives_a_host_the_same_share(
+    program: Callable[[str], Path], tmp_path: Path, mapping: str
 ) -> None:
-    nat = bench(CONFIG.replace("POOL", DETERMINISTIC))
+    config = tmp_path / "dsnatd.yaml"
+    config.write_text(CONFIG.replace("POOL", DETERMINISTIC.replace("MAPPING", mapping)))
+    address, first, ports = by_arithmetic(513)
+    for seed in range(1, 6):
+        with Bench(program("dsnat-replay"), config, seed=seed, log=tmp_path / "log") as nat:
+            got = outside(nat.send(tcp("100.64.2.1:5000 > 198.51.100.1:80")))
+            assert address_of(got) == address
+            assert first <= port_of(got) < first + ports
+
+
+@BOTH
+def test_rfc7422_det4_a_host_that_overflows_draws_from_the_dynamic_share(
+    bench: Callable[[str], Bench], mapping: str
+) -> None:
+    nat = bench(CONFIG.replace("POOL", DETERMINISTIC.replace("MAPPING", mapping)))
     address, first, ports = by_arithmetic(0)
     got = [outside(nat.send(tcp(f"100.64.0.0:{5000 + n} > 198.51.100.1:80"))) for n in range(ports + 10)]
     assert all(first <= port_of(one) < first + ports for one in got[:ports])

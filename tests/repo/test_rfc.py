@@ -1,8 +1,9 @@
-"""The join between the RFC table and the tests, on tables of its own."""
+"""The RFC table: its join with the tests, and with what `dsnatctl rfc` says of the settings."""
 
 from __future__ import annotations
 
-from tests.rfc import Row, join, main, read_rows
+from dsnatctl import rfc
+from tests.rfc import ROOT, Row, join, main, read_rows
 
 PAGE = """
 | requirement | level | EIM | ED | note |
@@ -43,3 +44,18 @@ def test_a_word_that_is_not_a_status_is_an_error() -> None:
 
 def test_the_table_of_the_readme_holds() -> None:
     assert main() == 0
+
+
+def clauses(text: str) -> set[str]:
+    """`RFC 4787 REQ-1, REQ-3; RFC 7857 §4` -> {"RFC 4787 REQ-1", "RFC 4787 REQ-3", "RFC 7857 §4"}."""
+    found = set()
+    for group in text.split("; "):
+        _, number, rest = group.split(" ", 2)
+        found |= {f"RFC {number} {clause}" for clause in rest.split(", ")}
+    return found
+
+
+def test_dsnatctl_says_of_endpoint_dependent_mapping_what_the_table_says() -> None:
+    rows = read_rows((ROOT / "dataplane/README.md").read_text())
+    lost = {row.requirement for row in rows if row.independent == "met" and row.dependent == "not met"}
+    assert clauses(rfc.DEPENDENT) | clauses(rfc.ROUND_ROBIN) == lost | {"RFC 6888 REQ-9"}
