@@ -639,7 +639,8 @@ static enum status open_devices(struct daemon *d)
 	return STOPPED;
 }
 
-/* The rules come first: what arrives before the queue has a listener is dropped. */
+/* The queue comes first, so that a second daemon by mistake does not touch the rules of the first; and nothing
+ * is forwarded before the rules stand, because it is the worker that turns forwarding on. */
 static enum status open_queue(struct daemon *d)
 {
 	const struct nat_config *config = &d->plan->config->nat;
@@ -655,7 +656,7 @@ static enum status open_queue(struct daemon *d)
 		return STOPPED;
 	if (!(d->queue = calloc(1, sizeof *d->queue)))
 		return fail(NO_MEMORY, "no memory for the queue path");
-	if (nft_install(config, why, sizeof why) || queue_open(d->queue, &params, why, sizeof why))
+	if (queue_open(d->queue, &params, why, sizeof why) || nft_install(config, why, sizeof why))
 		return fail(NO_DEVICE, why);
 	d->workers[0].queue = d->queue;
 	return STOPPED;

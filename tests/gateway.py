@@ -83,6 +83,10 @@ class Gateway:
         """The kernel's end of that side's wire."""
         return WIRES[PATHS[self.path][side]][side]
 
+    def pid(self) -> int:
+        """The daemon's own: ip and env are gone, each has become the next."""
+        return self.daemon.process.pid
+
     def argv(self) -> tuple[str, ...]:
         return (str(self.program), "--config", str(self.file), "--socket", str(self.socket))
 

@@ -622,7 +622,6 @@ int queue_open(struct queue *q, const struct queue_params *params, char *why, si
 	}
 	watch(q, q->fd);
 	arp_open(q);
-	look_at_interfaces(q, thread_clock_ns());
 	return 0;
 }
 
