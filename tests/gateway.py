@@ -76,6 +76,7 @@ class Gateway:
     file: Path
     socket: Path
     path: str = "dpdk"
+    log: str = "dsnatd"
     daemon: Program = field(init=False)
     starts: int = 0
 
@@ -95,7 +96,7 @@ class Gateway:
         self.starts += 1
         settings = [f"{name}={value}" for name, value in (env or {}).items()]
         argv = (*self.argv(), "--no-huge", *options)
-        self.daemon = self.space.start("env", *settings, *argv, log=f"dsnatd-{self.starts}.log")
+        self.daemon = self.space.start("env", *settings, *argv, log=f"{self.log}-{self.starts}.log")
 
         def ready() -> bool:
             assert self.daemon.running, f"dsnatd ended at once:\n{self.daemon.text()[-3000:]}"
