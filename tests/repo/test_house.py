@@ -106,7 +106,9 @@ def test_a_verb_is_one_line_because_logic_lives_in_the_rooms() -> None:
 
 
 def test_bare_make_lists_every_verb() -> None:
-    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert {line.split()[0] for line in listed.splitlines()} == set(makefile_verbs())
 
 
