@@ -148,8 +148,8 @@ class Order:
     health_s: int = 30
 
 
-Witness = Callable[[Running], "str | None"]
-"""Looks at a gateway that runs the change; None when all is well, else what is not."""
+Witness = Callable[[Running, Remote], "str | None"]
+"""Looks at a gateway that runs the change, over a connection to it. None: all is well; else what is not."""
 
 
 def push_one(
@@ -317,7 +317,7 @@ def _confirm(
                 if over is not None:
                     return over
                 if running.state == "live":
-                    ill = witness(running)
+                    ill = witness(running, remote)
                     if ill is None:
                         verdict = {"connection": "new", "engine": "answers", "addresses": "where they belong"}
                         request = {"do": "confirm", "generation": generation, "witnesses": verdict}
@@ -469,30 +469,29 @@ def witnesses(fleet: Fleet, name: str, rendered: Rendered, dial: Dial) -> Witnes
     addresses = list(rendered.vrrp)
     peer = fleet.peer_of(name)
 
-    def probe() -> str | None:
+    def probe(remote: Remote) -> str | None:
         if not rendered.probes:
             return None
         try:
-            with dial(name) as remote:
-                request = {"do": "probe", "addresses": list(rendered.probes)}
-                answers = remote.ask(request, deadline_s=FACTS_S)["answers"]
-        except GatewayError as error:
+            request = {"do": "probe", "addresses": list(rendered.probes)}
+            answers = remote.ask(request, deadline_s=FACTS_S)["answers"]
+        except AgentRefused as error:
             return str(error)
         silent = [address for address, good in answers.items() if not good]
         return f"{', '.join(silent)} does not answer from {name}" if silent else None
 
-    def look(running: Running) -> str | None:
+    def look(running: Running, remote: Remote) -> str | None:
         engine = running.facts.get("engine", {})
         if "error" in engine:
             return f"the engine does not answer: {engine['error']}"
         if not addresses:
-            return probe()
+            return probe(remote)
         active = running.facts.get("units", {}).get("keepalived")
         if active != "active":
             return f"keepalived is {active}"
         mine = running.holds(addresses)
         if mine or peer is None:
-            silent = probe()
+            silent = probe(remote)
             if silent is not None:
                 return silent
         if mine not in (0, len(addresses)):
@@ -500,8 +499,8 @@ def witnesses(fleet: Fleet, name: str, rendered: Rendered, dial: Dial) -> Witnes
         if peer is None:
             return None if mine else f"{name} does not hold its VRRP addresses yet"
         try:
-            with dial(peer) as remote:
-                other = Running(peer, remote.ask({"do": "facts"}, deadline_s=FACTS_S))
+            with dial(peer) as there:
+                other = Running(peer, there.ask({"do": "facts"}, deadline_s=FACTS_S))
         except GatewayError as error:
             # A peer that is down cannot be asked; then this one must carry the addresses alone.
             return None if mine else f"the peer {peer} was not reached ({error}) and {name} is not master"

@@ -418,5 +418,5 @@ def test_a_plan_that_was_made_for_another_generation_is_stale(lab: Lab, read: Re
     assert isinstance(found, Running)
     (old,) = plan({"gw1": rendered}, {"gw1": found}).changes
     push(lab, read, changed(LONE, ("id: 10", "id: 11")))
-    result = push_one(old, rendered, lab.dial, Order("alice", "p"), witness=lambda running: None)
+    result = push_one(old, rendered, lab.dial, Order("alice", "p"), witness=lambda running, remote: None)
     assert result.outcome == "stale"
