@@ -437,6 +437,7 @@ class Interface(Model):
     device: Device | None = None
     addresses: tuple[Address, ...] = ()
     mtu: Annotated[int, Field(ge=576, le=65535)] | None = None
+    icmp_errors: Literal["on", "off"] | None = None
 
     @model_validator(mode="after")
     def _device_fits_path(self) -> Interface:
