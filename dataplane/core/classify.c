@@ -82,7 +82,7 @@ static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
 	}
 	if (pkt->stage_flags & NAT_STAGE_ICMP_ERROR)
 		nat_icmp_parse_error(pkt);
-	if (!nat_policy_is_active(policy, policy->zone[pkt->zone].config.pool))
+	if (!nat_pool_is_active(&policy->pool[policy->zone[pkt->zone].config.pool]))
 		nat_drop(pkt, NAT_REASON_POOL_INACTIVE);
 }
 
@@ -102,7 +102,7 @@ static void classify_outside(struct nat_engine *e, struct nat_pkt *pkt)
 		return;
 	}
 	pkt->stage_flags |= NAT_STAGE_INBOUND;
-	if (!nat_policy_is_active(policy, policy->address[address].pool)) {
+	if (!nat_pool_is_active(&policy->pool[policy->address[address].pool])) {
 		nat_drop(pkt, NAT_REASON_POOL_INACTIVE);
 		return;
 	}

@@ -26,12 +26,12 @@ static inline nat_sum nat_sum_replace32(nat_sum sum, uint32_t old, uint32_t new)
 	return sum + (uint32_t)~old + new;
 }
 
+/* Adding a word to itself with its halves swapped leaves the sum of the halves, end-around carry included, in the
+ * upper half. */
 static inline uint16_t nat_sum_fold(nat_sum sum)
 {
-	sum = (sum & 0xffffffff) + (sum >> 32);
-	sum = (sum & 0xffff) + (sum >> 16); /* at most 0x2fffe */
-	sum = (sum & 0xffff) + (sum >> 16);
-	return (uint16_t)(sum + (sum >> 16));
+	const uint32_t half = (uint32_t)((sum + (sum << 32 | sum >> 32)) >> 32);
+	return (uint16_t)((half + (half << 16 | half >> 16)) >> 16);
 }
 
 /* RFC 1624 equation 3. */

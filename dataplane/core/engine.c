@@ -50,38 +50,30 @@ static void refuse_rest(struct nat_engine *e, struct nat_pkt *pkt)
 		       nat_get16(pkt->l3 + NAT_IP_ID));
 }
 
+/* The sums of a burst are made in registers: a counter in memory waits for its own last value. */
 static void count(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
 	struct nat_counters *c = &e->counters;
+	uint32_t taken_over = 0, forwarded = 0;
 
 	for (uint32_t i = 0; i < n; i++) {
 		NAT_ASSERT(pkt[i].settled);
-		if (pkt[i].flags & NAT_PKT_TAKEN_OVER)
-			c->taken_over++;
-		else
-			c->received++;
-		switch ((enum nat_verdict)pkt[i].verdict) {
-		case NAT_FORWARD:
-			c->forwarded++;
-			if (pkt[i].stage_flags & NAT_STAGE_LATER)
-				break; /* frag.c has counted its bytes */
-			nat_count_traffic(c, &pkt[i]);
-			break;
-		case NAT_PASS:
-			c->passed++;
-			c->reason[pkt[i].reason]++;
-			break;
-		case NAT_DROP:
-			c->reason[pkt[i].reason]++;
-			break;
-		case NAT_HOLD:
-			c->held++;
-			break;
-		case NAT_HANDOVER:
-			c->handed_over++;
-			break;
+		taken_over += (pkt[i].flags & NAT_PKT_TAKEN_OVER) != 0;
+		if (NAT_LIKELY(pkt[i].verdict == NAT_FORWARD)) {
+			forwarded++;
+			if (!(pkt[i].stage_flags & NAT_STAGE_LATER)) /* frag.c has counted its bytes */
+				nat_count_traffic(c, &pkt[i]);
+			continue;
 		}
+		c->passed += pkt[i].verdict == NAT_PASS;
+		c->held += pkt[i].verdict == NAT_HOLD;
+		c->handed_over += pkt[i].verdict == NAT_HANDOVER;
+		if (pkt[i].verdict == NAT_PASS || pkt[i].verdict == NAT_DROP)
+			c->reason[pkt[i].reason]++;
 	}
+	c->taken_over += taken_over;
+	c->received += n - taken_over;
+	c->forwarded += forwarded;
 }
 
 static void set_time(struct nat_engine *e, uint64_t now_ns)
@@ -99,15 +91,23 @@ void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint6
 	nat_wheel_turn(e, AGED_PER_RUN + n * AGED_PER_PACKET);
 	nat_parse(e, pkt, n);
 	run_stages(e, pkt, n);
+	uint8_t seen = 0;
+	bool large = false;
 	for (uint32_t i = 0; i < n; i++) {
-		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_HAIRPIN) && pkt[i].verdict == NAT_FORWARD &&
-		    !(pkt[i].stage_flags & NAT_STAGE_LATER))
+		seen |= pkt[i].stage_flags;
+		large |= pkt[i].hop.mtu_bytes != 0 && pkt[i].total_bytes > pkt[i].hop.mtu_bytes;
+	}
+	for (uint32_t i = 0; i < n && NAT_UNLIKELY(seen & (NAT_STAGE_HAIRPIN | NAT_STAGE_FRAGMENT)); i++) {
+		if ((pkt[i].stage_flags & NAT_STAGE_HAIRPIN) && pkt[i].verdict == NAT_FORWARD &&
+		    !(pkt[i].stage_flags & NAT_STAGE_LATER)) {
 			run_second_time(e, &pkt[i]);
-		if (NAT_UNLIKELY(pkt[i].stage_flags & NAT_STAGE_FRAGMENT))
+			large = true; /* it has another hop now */
+		}
+		if (pkt[i].stage_flags & NAT_STAGE_FRAGMENT)
 			refuse_rest(e, &pkt[i]);
 	}
 	count(e, pkt, n);
-	for (uint32_t i = 0; i < n; i++)
+	for (uint32_t i = 0; i < n && NAT_UNLIKELY(large); i++)
 		nat_frags_cut(e, &pkt[i]);
 	nat_frags_age(e);
 }
@@ -175,6 +175,15 @@ bool nat_engine_event(struct nat_engine *e, struct nat_event *event)
 }
 
 /* ---- memory ---- */
+
+/* Per session that the configuration allows: its record, its place among the free ones, two index entries, a
+ * quarter of a host, a share of a port set. What does not grow with max_sessions comes to about 2 MB. */
+_Static_assert((sizeof(struct nat_session) + sizeof(uint32_t)) * 1000 +
+			       sizeof(struct nat_bucket) * 2 * 1000 * 20 / (NAT_WAYS * 13) +
+			       sizeof(struct nat_host) * 1000 / 4 +
+			       sizeof(struct nat_portset) * 1000 / 16384 <=
+		       96 * 1000,
+	       "a session costs at most 96 bytes");
 
 struct layout {
 	size_t buckets, free_records, portsets, hosts, frags, total;

@@ -31,7 +31,7 @@ enum {
  * the record was refreshed meanwhile, it is hung up again. Refreshing a session therefore costs nothing here.
  */
 #define NAT_WHEEL_SLOTS  1024u
-#define NAT_WHEEL_CHAINS 8u
+#define NAT_WHEEL_CHAINS 16u
 struct nat_wheel {
 	uint32_t head[NAT_WHEEL_SLOTS][NAT_WHEEL_CHAINS];
 	uint32_t done_s; /* every slot up to this second has been emptied */
@@ -61,7 +61,7 @@ struct nat_frags {
 	struct nat_frag_entry *entry;
 	struct nat_frag_held *held;
 	uint32_t *bucket;
-	uint32_t n_entries, n_held, bucket_mask;
+	uint32_t n_entries, n_used, n_held, bucket_mask;
 	uint32_t free_entry, free_held;
 	uint16_t waiting_of[NAT_FRAG_SOURCES]; /* entries without a first fragment, by hash of the source */
 	uint32_t n_waiting;                    /* their sum */
@@ -231,7 +231,7 @@ static inline void nat_session_fetch_bucket(const struct nat_engine *e, struct n
 
 	if (!nat_is_from_inside(e, pkt))
 		nat_tuple_turn(&tuple); /* as classify.c will, if it is a pool's */
-	pkt->hash = nat_tuple_hash(&e->index.key, &tuple);
+	pkt->hash = nat_tuple_hash_words(&e->index.key, &tuple);
 	NAT_PREFETCH(nat_index_bucket(&e->index, pkt->hash));
 }
 

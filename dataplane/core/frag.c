@@ -107,6 +107,7 @@ static void remove_entry(struct nat_engine *e, uint32_t i)
 	entry->state = FREE;
 	entry->next = f->free_entry;
 	f->free_entry = i;
+	f->n_used--;
 }
 
 /* None of them holds a packet: those of a datagram are let go when its first fragment is there. */
@@ -142,6 +143,7 @@ static uint32_t add(struct nat_engine *e, uint32_t source_be, uint32_t destinati
 	if (i == NO_ENTRY)
 		return NO_ENTRY;
 	f->free_entry = f->entry[i].next;
+	f->n_used++;
 	uint32_t *bucket =
 		&f->bucket[hash_of(e, source_be, destination_be, id_be, protocol) & f->bucket_mask];
 	f->entry[i] = (struct nat_frag_entry){.source_be = source_be,
@@ -291,7 +293,8 @@ void nat_frags_age(struct nat_engine *e)
 {
 	struct nat_frags *f = &e->frags;
 
-	for (uint32_t k = 0; k < AGED_PER_RUN && k < f->n_entries && nat_outbox_has_room(e); k++) {
+	for (uint32_t k = 0; f->n_used != 0 && k < AGED_PER_RUN && k < f->n_entries && nat_outbox_has_room(e);
+	     k++) {
 		struct nat_frag_entry *entry = &f->entry[f->hand];
 		const uint32_t limit_s = entry->state == WAITING ? WAIT_S : KNOWN_S;
 		if (entry->state != FREE && e->now_s - entry->seen_s > limit_s) {

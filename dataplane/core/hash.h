@@ -34,11 +34,22 @@ static inline uint64_t nat_hash64(const struct nat_key *key, uint64_t a, uint64_
 	return nat_multiply_fold(h ^ key->k1, UINT64_C(0x9e3779b97f4a7c15));
 }
 
-static inline uint64_t nat_tuple_hash(const struct nat_key *key, const struct nat_tuple *tuple)
+/* Of a tuple that was written as two words, or some time ago. */
+static inline uint64_t nat_tuple_hash_words(const struct nat_key *key, const struct nat_tuple *tuple)
 {
 	uint64_t word[2];
 	memcpy(word, tuple, sizeof(word));
 	return nat_hash64(key, word[0], word[1]);
+}
+
+/* The same of one that was just put together: each field is read as it was written, because a load that spans
+ * several fresh stores waits until they have left the store buffer. */
+static inline uint64_t nat_tuple_hash(const struct nat_key *key, const struct nat_tuple *tuple)
+{
+	const uint32_t ports = NAT_PAIR16(tuple->local_port_be, tuple->remote_port_be);
+	const uint32_t kind = NAT_PAIR16(NAT_PAIR8(tuple->protocol, tuple->side),
+					 NAT_PAIR8(tuple->zero[0], tuple->zero[1]));
+	return nat_hash64(key, NAT_PAIR32(tuple->local_be, tuple->remote_be), NAT_PAIR32(ports, kind));
 }
 
 /* A number below n without division: Lemire's multiply-shift. */

@@ -25,13 +25,18 @@ __extension__ typedef unsigned __int128 nat_u128;
 #endif
 
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define NAT_NTOH16(x)             NAT_SWAP16(x)
-#define NAT_NTOH32(x)             NAT_SWAP32(x)
-#define NAT_PAIR32(first, second) ((uint64_t)(second) << 32 | (first)) /* as they stand in memory */
+#define NAT_NTOH16(x) NAT_SWAP16(x)
+#define NAT_NTOH32(x) NAT_SWAP32(x)
+/* Two values as they stand in memory one behind the other. */
+#define NAT_PAIR32(first, second) ((uint64_t)(second) << 32 | (first))
+#define NAT_PAIR16(first, second) ((uint32_t)(second) << 16 | (uint32_t)(first))
+#define NAT_PAIR8(first, second)  ((uint32_t)(second) << 8 | (uint32_t)(first))
 #else
 #define NAT_NTOH16(x)             ((uint16_t)(x))
 #define NAT_NTOH32(x)             ((uint32_t)(x))
 #define NAT_PAIR32(first, second) ((uint64_t)(first) << 32 | (second))
+#define NAT_PAIR16(first, second) ((uint32_t)(first) << 16 | (uint32_t)(second))
+#define NAT_PAIR8(first, second)  ((uint32_t)(first) << 8 | (uint32_t)(second))
 #endif
 #define NAT_HTON16(x) NAT_NTOH16((uint16_t)(x))
 #define NAT_HTON32(x) NAT_NTOH32((uint32_t)(x))

@@ -337,6 +337,9 @@ static void build_zones(struct nat_policy *p, const struct nat_config *config)
 		p->interval[i].candidate = used;
 		p->interval[i].n_candidates =
 			candidates_of(config, p->interval[i].first, p->candidate + used);
+		p->interval[i].only = NAT_NO_ZONE;
+		if (p->interval[i].n_candidates == 1 && p->zone[p->candidate[used]].destination_mask == 0)
+			p->interval[i].only = p->candidate[used];
 		used += p->interval[i].n_candidates;
 	}
 	for (uint32_t top = 0, i = 0; top < 256; top++) {
@@ -448,6 +451,8 @@ uint32_t nat_policy_zone(const struct nat_policy *p, uint32_t source, uint32_t d
 		low += half * (p->interval[low + half].first <= source);
 		n -= half;
 	}
+	if (NAT_LIKELY(p->interval[low].only != NAT_NO_ZONE))
+		return p->interval[low].only;
 	const uint32_t *candidate = p->candidate + p->interval[low].candidate;
 	for (uint32_t i = 0; i < p->interval[low].n_candidates; i++) {
 		const struct nat_zone *zone = &p->zone[candidate[i]];
@@ -526,7 +531,7 @@ void nat_policy_set_active(struct nat_policy *policy, uint32_t pool, bool active
 
 bool nat_policy_is_active(const struct nat_policy *policy, uint32_t pool)
 {
-	return atomic_load_explicit(&policy->pool[pool].active, memory_order_relaxed);
+	return nat_pool_is_active(&policy->pool[pool]);
 }
 
 int32_t nat_policy_pool_of(const struct nat_policy *policy, uint32_t address_be)

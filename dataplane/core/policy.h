@@ -61,6 +61,7 @@ struct nat_zone {
 struct nat_interval {
 	uint32_t first;                   /* it ends where the next begins */
 	uint32_t candidate, n_candidates; /* span in nat_policy.candidate */
+	uint32_t only; /* there is one candidate, and it has no destination condition; or NAT_NO_ZONE */
 };
 
 struct nat_address_note {
@@ -117,6 +118,11 @@ struct nat_policy {
 	bool has_pass_zone;
 	_Atomic uint32_t bound; /* 0 new, 1 being bound, 2 stable ids are in */
 };
+
+static inline bool nat_pool_is_active(const struct nat_pool *pool)
+{
+	return atomic_load_explicit(&pool->active, memory_order_relaxed);
+}
 
 /* First zone that matches, or NAT_NO_ZONE. Host order. */
 uint32_t nat_policy_zone(const struct nat_policy *policy, uint32_t source, uint32_t destination);

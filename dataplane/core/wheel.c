@@ -64,6 +64,21 @@ static void settle_one(struct nat_engine *e, uint32_t record)
 	nat_wheel_hang(e, record);
 }
 
+/* What settle_one() will touch, and the record behind this one, which is next. */
+static void fetch_for_one(struct nat_engine *e, uint32_t record)
+{
+	const struct nat_session *s = &e->record[record];
+
+	if (s->next != NAT_NO_RECORD)
+		NAT_PREFETCH(&e->record[s->next]);
+	if (!nat_session_over(e, s))
+		return;
+	const struct nat_tuple outside = nat_session_outside(s);
+	NAT_PREFETCH(nat_index_bucket(&e->index, nat_tuple_hash(&e->index.key, &s->inside)));
+	NAT_PREFETCH(nat_index_bucket(&e->index, nat_tuple_hash(&e->index.key, &outside)));
+	nat_host_fetch(e, s->inside.local_be);
+}
+
 bool nat_wheel_turn(struct nat_engine *e, uint32_t budget)
 {
 	struct nat_wheel *wheel = &e->wheel;
@@ -88,6 +103,9 @@ bool nat_wheel_turn(struct nat_engine *e, uint32_t budget)
 		if (busy > budget)
 			return false;
 		budget -= busy;
+		for (uint32_t chain = 0; chain < NAT_WHEEL_CHAINS; chain++)
+			if (head[chain] != NAT_NO_RECORD)
+				fetch_for_one(e, head[chain]);
 		/* hang() counts from done_s: move on first, so that a record hung up again does not land in
 		 * the slot being emptied. */
 		wheel->done_s++;
