@@ -75,10 +75,19 @@ UNWANTED = (
     "usr/sbin/irqbalance",
 )
 ENABLED = (
-    *("bird", "chrony", "dbus-broker", "dsnat-failclosed", "dsnat-identity", "dsnat-nic", "dsnat-nic-watch"),
-    *("dsnat-unconfirmed", "dsnatd", "keepalived", "ssh", "systemd-network-generator", "systemd-networkd"),
+    *("bird", "chrony", "dbus-broker", "dsnat-failclosed", "dsnat-healthy", "dsnat-identity", "dsnat-nic"),
+    *("dsnat-nic-watch", "dsnat-unconfirmed", "dsnatd", "keepalived", "ssh", "systemd-network-generator"),
+    *("systemd-networkd",),
 )
-OUR_UNITS = ("dsnatd", "dsnat-failclosed", "dsnat-identity", "dsnat-nic", "dsnat-nic-watch", "dsnat-ready")
+OUR_UNITS = (
+    "dsnatd",
+    "dsnat-failclosed",
+    "dsnat-healthy",
+    "dsnat-identity",
+    "dsnat-nic",
+    "dsnat-nic-watch",
+    "dsnat-ready",
+)
 DOWNLOAD_BYTES = 250_000_000
 SECRET = re.compile(rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----|openssh-key-v1\0")
 # Private libraries of Debian's own packages: on the read-only root, so nobody can put another one there.

@@ -200,6 +200,7 @@ class Machine:
     extra: Sequence[str] = ()
     ssh_port: int = field(default=0, init=False)
     started: float = field(default=0.0, init=False)
+    _seen: int = field(default=0, init=False)  # of the console, at the last word of the guest
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _qmp: socket.socket | None = field(default=None, init=False)
     _ready: socket.socket | None = field(default=None, init=False)
@@ -408,11 +409,16 @@ class Machine:
 
     # -- waiting --
 
-    def wait_ready(self, *, silence_s: float = 120, deadline_s: float = 900) -> Ready:
-        """Wait for the guest's own word. Raises BootError as soon as it is clear that it will not come."""
+    def wait_ready(self, *, silence_s: float = 120, deadline_s: float = 900, forgive: bool = False) -> Ready:
+        """Wait for the guest's own word: the first, or after a restart (`reboot`) the next.
+
+        Raises BootError as soon as it is clear that it will not come; with `forgive`, a panic or a failed
+        unit on the way is not such a sign.
+        """
         assert self._ready is not None
         assert self._process is not None
-        seen, last_progress, line = 0, time.monotonic(), b""
+        asked = last_progress = time.monotonic()
+        seen, line = self._seen, b""
         while True:
             if select.select([self._ready], [], [], 1.0)[0]:
                 line += self._ready.recv(65536)
@@ -420,11 +426,12 @@ class Machine:
                 report = json.loads(line.splitlines()[0])
                 if not report["ready"]:
                     raise self._failure(f"the gateway is up but not well: {report['reason']}")
+                self._seen = len(self.console())
                 return Ready(round(time.monotonic() - self.started, 1), report)
             now = time.monotonic()
             console = self.console()
             if len(console) > seen:
-                if match := HOPELESS.search(console, max(0, seen - 80)):
+                if not forgive and (match := HOPELESS.search(console, max(self._seen, seen - 80))):
                     whole = console[console.rfind("\n", 0, match.start()) + 1 :].split("\n", 1)[0]
                     raise self._failure(f"the console says: {whole.strip()}")
                 seen, last_progress = len(console), now
@@ -432,7 +439,7 @@ class Machine:
                 raise self._failure(f"QEMU ended with status {self._process.returncode}: {self._qemu_said()}")
             if now - last_progress > silence_s:
                 raise self._failure(f"nothing on the console for {silence_s:.0f} s")
-            if now - self.started > deadline_s:
+            if now - asked > deadline_s:
                 raise self._failure(f"not ready after {deadline_s:.0f} s")
 
     def console(self) -> str:

@@ -352,6 +352,8 @@ def publish(paths: Paths) -> list[str]:
     image = image_path(paths.profile)
     subprocess.run(["zstd", "--quiet", "--force", "-6", "-T0", str(image), "-o", f"{image}.zst"], check=True)
     stem = image.name.removesuffix(".raw")
+    for part in paths.output.glob(f"{stem}.root-*.raw"):  # what an update sends
+        subprocess.run(["zstd", "--quiet", "--force", "-3", "-T0", str(part)], check=True)
     subprocess.run(
         ["bmaptool", "--quiet", "create", "-o", str(image.with_suffix(".bmap")), str(image)], check=True
     )

@@ -60,12 +60,8 @@ def test_sshd_takes_keys_and_nothing_else(built: Path) -> None:
 
 def test_the_engines_unit_is_locked_up_as_far_as_dpdk_allows(built: Path) -> None:
     root = audit.unpack(built).path
-    argv = tool(
-        "systemd-analyze", "security", "--offline=yes", f"--root={root}", "--json=short", "dsnatd.service"
-    )
-    found = json.loads(run(argv))
-    exposure = sum(float(item["exposure"] or 0) for item in found)
-    assert exposure < 5.5, [item["name"] for item in found if item["exposure"]]
+    argv = tool("systemd-analyze", "security", "--offline=yes", "--threshold=55", f"--root={root}")
+    run([*argv, "--no-pager", "dsnatd.service"])  # fails above the threshold, 5.5 of 10
 
 
 def test_debug_symbols_are_beside_the_image_and_fit_the_engine(built: Path) -> None:
@@ -108,8 +104,7 @@ def test_ssh_answers_on_the_management_interface_only(gateway: Gateway) -> None:
 
 def test_the_root_is_read_only_and_verified(gateway: Gateway) -> None:
     assert gateway("findmnt -no FSTYPE /").strip() == "erofs"
-    assert gateway("lsblk -ndo TYPE /dev/mapper/root").strip() == "crypt"
-    assert "VERITY" in gateway("cat /sys/class/block/dm-0/dm/uuid")
+    assert gateway("cat /sys/class/block/dm-0/dm/uuid").startswith("CRYPT-VERITY-")
     assert "read-only" in gateway("touch /usr/x 2>&1 || true").lower()
 
 
@@ -160,7 +155,8 @@ def test_the_engine_drives_the_nics_and_translates(gateway: Gateway) -> None:
 
     wait_until("a ping through the gateway", answers, deadline_s=60)
     answer = json.loads(gateway("dsnatctl show counters --json"))
-    assert answer["forwarded"] >= 2
+    assert answer["counters"]["forwarded"] >= 2
+    assert answer["equation"], "every packet is accounted for"
 
 
 def test_twins_and_addresses_stay_when_the_engine_is_killed(gateway: Gateway) -> None:
