@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image.aptsources import KEYRING, Source, SourcesError, debian_sources, transport_options
+from image.sbom import write_sbom
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / ".build"
@@ -357,10 +358,13 @@ def publish(paths: Paths) -> list[str]:
     subprocess.run(
         ["bmaptool", "--quiet", "create", "-o", str(image.with_suffix(".bmap")), str(image)], check=True
     )
+    write_sbom(image.with_suffix(".manifest"), version(), RELEASE, image.with_suffix(".cdx.json"))
     files = sorted(
         path
         for path in paths.output.iterdir()
-        if path.name.startswith(stem) and path.is_file() and not path.is_symlink()
+        if path.is_file()
+        and not path.is_symlink()
+        and (path.name.startswith(stem) or path.suffix == ".debug")
     )
     sums = paths.output / "SHA256SUMS"
     sums.write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
