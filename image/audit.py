@@ -264,7 +264,7 @@ def unpack(image: Path) -> Root:
     split = [path for path in image.parent.glob(f"{image.stem}.root-x86-64.*.raw")]
     if len(split) != 1:
         raise BuildError(
-            f"{image.parent} has no root partition of its own beside the image; run `python -m image.build --force`",
+            f"{image.parent} has no root partition beside the image; run `python -m image.build --force`",
             status=3,
         )
     folder = BUILD / "audit" / split[0].name.removesuffix(".raw")
