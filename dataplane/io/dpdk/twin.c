@@ -70,7 +70,7 @@ static int tap_dress(const struct port *port)
 
 	if (fd < 0)
 		return -errno;
-	strncpy(request.ifr_name, port->name, sizeof request.ifr_name - 1);
+	memcpy(request.ifr_name, port->name, strnlen(port->name, sizeof request.ifr_name - 1));
 	status = ioctl(fd, SIOCGIFHWADDR, &request);
 	if (!status && memcmp(request.ifr_hwaddr.sa_data, port->mac.addr_bytes, 6)) {
 		request.ifr_hwaddr.sa_family = ARPHRD_ETHER;
