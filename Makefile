@@ -46,7 +46,7 @@ fmt: setup ## format Python and C in place
 	@.venv/bin/ruff format && .venv/bin/ruff check --fix && git ls-files '*.[ch]' | xargs .venv/bin/clang-format -i
 
 bench: build ## what a packet costs, beside the peers: .build/bench/bench.json and cycles.svg
-	@$(PYTHON) -m tests.bench.run
+	@$(PYTHON) -m tests.bench.run && $(PYTHON) -m tests.bench.queue
 
 bench-gate: build ## red when the work tree is slower than BASE=commit (default: where it left origin/main)
 	@$(PYTHON) -m tests.bench.gate $(BASE)
