@@ -744,8 +744,11 @@ static enum status open_control(struct daemon *d)
 	if (d->tick_fd < 0 || timerfd_settime(d->tick_fd, 0, &tenth, NULL) ||
 	    !watch(d, d->signal_fd, SIGNALS) || !watch(d, d->tick_fd, TICK) ||
 	    !watch(d, d->announce_fd, ANNOUNCE) || !watch(d, route_fd(d->route), ROUTES) ||
-	    !watch(d, nft_watch_open(&d->rules_watch), RULES) || !watch(d, socket_fd(d->socket), CLIENTS))
+	    !watch(d, socket_fd(d->socket), CLIENTS))
 		return fail(FAILED, "no descriptors for the control thread");
+	if (!watch(d, nft_watch_open(&d->rules_watch), RULES))
+		say("changes of its nftables rules by others will not be seen: the kernel does not tell of "
+		    "them");
 	return STOPPED;
 }
 
