@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from image.boot import MANAGEMENT_MAC, Machine, Nic, Ready, one_boot_at_a_time
-from image.build import image_path
 from image.identity import make_identity
 from tests.lab import Lab, Netns, new_lab
 
@@ -19,12 +18,8 @@ INSIDE, OUTSIDE = "0000:00:03.0", "0000:00:04.0"
 
 
 @pytest.fixture(scope="session")
-def built() -> Path:
-    """The image that `make image` built."""
-    path = image_path()
-    if not path.exists():
-        pytest.skip(f"{path} is not built; run `make image`")
-    return path
+def built(built_image: Path) -> Path:
+    return built_image
 
 
 #  client eth0 100.64.0.10 --- in0 (tap) inside0 [ guest ] outside0 (tap) out0 --- eth0 198.51.100.10 server
