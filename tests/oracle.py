@@ -461,7 +461,10 @@ class EndpointIndependentOracle(Oracle):
         ):
             raise Disagreement(f"{inside} answered as {answer.packet.source}, its mapping is {mapping}")
         if packet.tcp_flags == "SA":
-            mapping.add(self._begin(packet, inside, (*mapping.outside, *inside[3:]), now_s, answer))
+            outside = (*mapping.outside, *inside[3:])
+            session = self._begin(packet, inside, outside, now_s, answer)
+            session.flags_in.add("S")  # the one that it answers came in over the mapping
+            mapping.add(session)
         return True
 
     def _new(self, packet: Packet, inside: Inside, now_s: float, answer: Answer) -> None:
