@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-unit test-net test-image lint fmt bench bench-gate rfc fuzz image audit boot flash clean
+.PHONY: help setup build demo test test-unit test-net test-image lint fmt bench bench-gate rfc fuzz prove image audit boot flash clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  %-11s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ lint: build ## ruff, mypy --strict, clang-format, and the rules of the house
 
 fmt: setup ## format Python and C in place
 	@.venv/bin/ruff format && .venv/bin/ruff check --fix && git ls-files '*.[ch]' | xargs .venv/bin/clang-format -i
+
+prove: setup ## machine-checked proofs: checksum, port sets, index; says what and for which bounds
+	@$(PYTHON) -m tests.prove
 
 bench: build ## what a packet costs, beside the peers: .build/bench/bench.json and cycles.svg
 	@$(PYTHON) -m tests.bench.run && $(PYTHON) -m tests.bench.queue

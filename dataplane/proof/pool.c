@@ -1,0 +1,182 @@
+/* Port sets: a free port is found if and only if there is one, and never one that is taken. */
+#undef __SSE2__
+#include "proof.h"
+
+#include "../core/engine.h"
+
+/* Chance is any number; hashes only lead to the index, which is the model below. */
+#define nat_random_next(random)    nondet_u64()
+#define nat_tuple_hash(key, tuple) UINT64_C(0)
+#define nat_index_bucket(index, h) ((index)->bucket)
+#define nat_scale32(x, n)          any_below(n)
+static uint32_t any_below(uint32_t n)
+{
+	const uint32_t any = nondet_u32();
+	assume(any < n);
+	return any;
+}
+
+#include "../core/pool.c"
+
+#define WORDS 2u
+
+/* What the index and the configuration hold, a bit per port: the truth that a set must agree with. */
+static uint64_t indexed[WORDS], forwarded[WORDS];
+static struct nat_session one_record;
+static struct nat_static one_static;
+
+uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, uint64_t hash)
+{
+	const uint32_t port = NAT_NTOH16(tuple->local_port_be);
+	(void)e, (void)hash;
+	assert(port < WORDS * 64);
+	return has_bit(indexed, port) ? 0 : NAT_NO_RECORD;
+}
+
+const struct nat_static *nat_policy_static(const struct nat_policy *policy, unsigned side,
+					   uint32_t address_be, uint16_t port_be, uint8_t protocol)
+{
+	const uint32_t port = NAT_NTOH16(port_be);
+	(void)policy, (void)side, (void)address_be, (void)protocol;
+	assert(port < WORDS * 64);
+	return has_bit(forwarded, port) ? &one_static : NULL;
+}
+
+/* A set is a cache: a word that it knows is the truth, and it calls a word full exactly if it knows it as full. */
+static bool agrees(const struct nat_portset *set)
+{
+	bool good = true;
+
+	for (uint32_t word = 0; word < WORDS; word++) {
+		const bool known = has_bit(set->known, word), full = has_bit(set->full, word);
+		good &= !known || set->taken[word] == (indexed[word] | forwarded[word]);
+		good &= full == (known && set->taken[word] == UINT64_MAX);
+	}
+	return good;
+}
+
+/* Everything else in these is any value. */
+static void any_set(struct nat_engine *engine, struct nat_policy *policy, struct nat_portset *set)
+{
+	for (uint32_t word = 0; word < WORDS; word++) {
+		indexed[word] = nondet_u64();
+		forwarded[word] = nondet_u64();
+	}
+	policy->n_statics = (forwarded[0] | forwarded[1]) != 0;
+	engine->policy = policy;
+	engine->record = &one_record;
+	assume(agrees(set));
+}
+
+/* Claim: a port is taken if and only if one in the span is free; it is free, in the span and fits the pattern; with
+ * it counted as taken the set agrees with the index again, so it is never given out twice.
+ * For: every content of a set, an index and a configuration over 2 words (ports 1 to 127), every span in them, every
+ * pattern and chance, words that were never looked up included.
+ * cbmc: --unwind 65 --max-field-sensitivity-array-size 1024 --slice-formula */
+void proof_take(void)
+{
+	struct nat_policy policy;
+	struct nat_engine engine;
+	struct nat_portset set;
+	const struct span span = {nondet_u16(), nondet_u16()};
+	const uint64_t pattern = nondet_u64();
+	const struct nat_tuple outside = {.protocol = NAT_PROTO_UDP};
+
+	any_set(&engine, &policy, &set);
+	assume(span.first >= 1 && span.first <= span.last && span.last < WORDS * 64);
+	const uint32_t some = nondet_u32(); /* any port of the span */
+	assume(some >= span.first && some <= span.last && (pattern >> (some % 64) & 1));
+	const bool some_is_free = !has_bit(indexed, some) && !has_bit(forwarded, some);
+
+	const uint32_t port = NAT_NTOH16(take_pattern(&engine, &set, &outside, span, pattern, UINT32_MAX));
+	if (port == 0) {
+		assert(!some_is_free);
+		assert(agrees(&set));
+		return;
+	}
+	assert(port >= span.first && port <= span.last && (pattern >> (port % 64) & 1));
+	assert(!has_bit(indexed, port) && !has_bit(forwarded, port));
+	set_bit(indexed, port);
+	assert(agrees(&set));
+}
+
+/* Claim: when a session ends, its port is free in the set, unless the configuration forwards it, and nothing else
+ * changes.
+ * For: every content over 2 words and every port of them.
+ * cbmc: --unwind 65 --max-field-sensitivity-array-size 1024 --slice-formula */
+void proof_release(void)
+{
+	struct nat_policy policy;
+	struct nat_engine engine;
+	struct nat_portset set;
+	const uint32_t port = nondet_u32();
+	assume(port >= 1 && port < WORDS * 64);
+
+	any_set(&engine, &policy, &set);
+	assume(has_bit(indexed, port));
+	/* nat_port_release() on a set that was found; finding it is hashing alone. */
+	clear_bit(indexed, port);
+	if (has_bit(set.known, port / 64) && !has_bit(forwarded, port)) {
+		clear_bit(set.taken, port);
+		clear_bit(set.full, port / 64);
+	}
+	assert(agrees(&set));
+}
+
+/* Claim: next_open_word() gives the first word from `from` to `last` that is not full, or none if all are.
+ * For: every summary of all 1024 words, every from and last.
+ * cbmc: --unwind 17 */
+void proof_next_open_word(void)
+{
+	struct nat_policy policy;
+	struct nat_engine engine;
+	struct nat_portset set;
+	const uint32_t from = nondet_u32(), last = nondet_u32(), between = nondet_u32();
+	assume(from <= last && last < NAT_PORT_WORDS);
+	any_set(&engine, &policy, &set);
+	for (uint32_t group = 0; group < NAT_PORT_WORDS / 64; group++)
+		set.full[group] = nondet_u64();
+
+	const uint32_t word = next_open_word(&set, from, last);
+	const bool found = word != NAT_PORT_WORDS;
+	assert(!found || (word >= from && word <= last && !has_bit(set.full, word)));
+	assume(between >= from && between < (found ? word : last + 1));
+	assert(has_bit(set.full, between));
+}
+
+/* Claim: take_from_word() takes one of the open ports of the word, marks that one and no other.
+ * For: every content of a word, every choice of open ports and chance; the second word of a set, which
+ * stands for all: no other is looked at.
+ * cbmc: --unwind 65 --max-field-sensitivity-array-size 1024 --slice-formula */
+void proof_take_from_word(void)
+{
+	struct nat_policy policy;
+	struct nat_engine engine;
+	struct nat_portset set;
+	const uint32_t word = 1;
+	const uint64_t open = nondet_u64(), chance = nondet_u64(), taken = nondet_u64();
+	assume(open != 0 && (open & taken) == 0);
+	any_set(&engine, &policy, &set);
+	assume(!has_bit(set.full, word));
+	set.taken[word] = taken;
+	const uint32_t port = NAT_NTOH16(take_from_word(&set, word, open, chance));
+	assert(port / 64 == word && (open >> (port % 64) & 1));
+	assert(set.taken[word] == (taken | UINT64_C(1) << (port % 64)));
+	assert(has_bit(set.full, word) == (set.taken[word] == UINT64_MAX));
+}
+
+/* Claim: a drawn port lies in the span and has the parity that was asked for, or none is given.
+ * For: every chance and span.
+ * cbmc: */
+void proof_port_by_chance(void)
+{
+	const struct span span = {nondet_u16(), nondet_u16()};
+	const uint16_t like_be = nondet_u16();
+	const bool parity = nondet_bool();
+	assume(span.first >= 1 && span.first <= span.last);
+
+	const uint32_t port = port_by(nondet_u32(), span, parity, like_be);
+	assert(port == 0 || (port >= span.first && port <= span.last));
+	assert(port == 0 || !parity || (port & 1) == (NAT_NTOH16(like_be) & 1));
+	assert(port != 0 || parity);
+}
