@@ -68,38 +68,6 @@ static void any_set(struct nat_engine *engine, struct nat_policy *policy, struct
 	assume(agrees(set));
 }
 
-/* Claim: a port is taken if and only if one in the span is free; it is free, in the span and fits the pattern; with
- * it counted as taken the set agrees with the index again, so it is never given out twice.
- * For: every content of a set, an index and a configuration over 2 words (ports 1 to 127), every span in them, every
- * pattern and chance, words that were never looked up included.
- * cbmc: --unwind 65 --max-field-sensitivity-array-size 1024 --slice-formula */
-void proof_take(void)
-{
-	struct nat_policy policy;
-	struct nat_engine engine;
-	struct nat_portset set;
-	const struct span span = {nondet_u16(), nondet_u16()};
-	const uint64_t pattern = nondet_u64();
-	const struct nat_tuple outside = {.protocol = NAT_PROTO_UDP};
-
-	any_set(&engine, &policy, &set);
-	assume(span.first >= 1 && span.first <= span.last && span.last < WORDS * 64);
-	const uint32_t some = nondet_u32(); /* any port of the span */
-	assume(some >= span.first && some <= span.last && (pattern >> (some % 64) & 1));
-	const bool some_is_free = !has_bit(indexed, some) && !has_bit(forwarded, some);
-
-	const uint32_t port = NAT_NTOH16(take_pattern(&engine, &set, &outside, span, pattern, UINT32_MAX));
-	if (port == 0) {
-		assert(!some_is_free);
-		assert(agrees(&set));
-		return;
-	}
-	assert(port >= span.first && port <= span.last && (pattern >> (port % 64) & 1));
-	assert(!has_bit(indexed, port) && !has_bit(forwarded, port));
-	set_bit(indexed, port);
-	assert(agrees(&set));
-}
-
 /* Claim: when a session ends, its port is free in the set, unless the configuration forwards it, and nothing else
  * changes.
  * For: every content over 2 words and every port of them.

@@ -80,6 +80,7 @@ class GatewayLife(RuleBasedStateMachine):
         self.bench = Bench(
             self.program, self.directory / "life.yaml", seed=self.seed, log=self.directory / "life.log"
         )
+        self.bench.ctl(cmd="version")  # it has read the file, which a reload may now write anew
 
     def write_config(self) -> None:
         lines = [] if self.kind == KINDS[0] else [f"filtering: {self.kind}", "select: paired"]
