@@ -97,12 +97,20 @@ enum nat_reason nat_host_admit(struct nat_engine *e, uint32_t address_be)
 	return NAT_REASON_OK;
 }
 
+/* Does the address take new sessions? One that drains when the host begins a session is not its address any longer, also not when the
+ * drain is taken back while that session lives. */
+static bool serves(const struct nat_engine *e, uint32_t address_be)
+{
+	const uint32_t address = nat_policy_address(e->policy, address_be);
+	return address != UINT32_MAX && nat_in_service(e, address);
+}
+
 void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
 {
 	struct nat_host *host = find_or_add(e, address_be);
 	if (!host)
 		return;
-	if (host->sessions++ == 0)
+	if (host->sessions++ == 0 || (host->paired_be != paired_be && !serves(e, host->paired_be)))
 		host->paired_be = paired_be;
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.packet import UDP, icmp, ipv4, ping, udp
-from tests.replay import Bench
+from tests.replay import Bench, configuration, outside
 
 
 def test_an_echo_reply_of_zeros_keeps_a_checksum_that_verifies(replay: Bench) -> None:
@@ -62,3 +62,17 @@ def test_fragments_of_a_hairpin_reach_the_host_also_out_of_order(bench: Callable
     assert [one.packet.destination_address for one in out] == ["100.64.0.3", "100.64.0.3"]
     assert b"".join(one.raw[20:] for one in out)[8:] == bytes(range(64))
     assert len({one.raw[4:6] for one in out}) == 1, "one datagram, one identification"
+
+
+def test_a_host_whose_address_drained_stays_on_the_one_it_got_then(bench: Callable[[str], Bench]) -> None:
+    """RFC 4787 REQ-2: a session that outlived the drain had brought the host back to the address before."""
+    text = configuration("endpoint-independent", "select: paired")
+    nat = bench(text)
+    first = outside(nat.send(udp("100.64.0.2:4000 > 198.51.100.1:9"))).split(":")[0]
+    nat.config.write_text(text.replace("ports:", f"drain: {first}, ports:"))
+    assert nat.ctl(cmd="reload")["ok"]
+    second = outside(nat.send(udp("100.64.0.2:4001 > 198.51.100.1:9"))).split(":")[0]
+    assert second != first
+    nat.config.write_text(text)
+    assert nat.ctl(cmd="reload")["ok"]
+    assert outside(nat.send(udp("100.64.0.2:4002 > 198.51.100.1:9"))).split(":")[0] == second
