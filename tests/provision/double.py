@@ -165,6 +165,7 @@ def main() -> None:
     count, directory = int(sys.argv[1]), Path(sys.argv[2])
     user_key = paramiko.PKey.from_path(directory / "user")
     found = []
+    dead: list[Double] = []
     with contextlib.ExitStack() as stack:
         for number in range(count):
             name = f"gw{number}"
@@ -178,7 +179,9 @@ def main() -> None:
             public = f"{pinned.get_name()} {pinned.get_base64()}"
             found.append({"name": name, "port": double.port, "key": public, "kind": kind})
             if kind == "dead":
-                double.__exit__()
+                dead.append(double)
+        for double in dead:  # only now: a port that is given back earlier may be the next one's
+            double.__exit__()
         print(json.dumps(found), flush=True)
         sys.stdin.read()
 
