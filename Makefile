@@ -30,7 +30,7 @@ demo: setup ## build, boot, provision and translate, end to end; KEEP=1 leaves t
 test: build ## all three rings: unit, net, image
 	@$(PYTEST)
 
-test-unit: build ## ring 1: lint, types, C data structures, replay; no root, under a minute
+test-unit: build ## ring 1: lint, types, C data structures, replay; no root
 	@$(PYTEST) -m unit
 
 test-net: build ## ring 2: real programs in network namespaces; root
