@@ -27,11 +27,11 @@ FOLDERS := dataplane $(wildcard dataplane/core dataplane/ctl dataplane/io datapl
 demo: setup ## build, boot, provision and translate, end to end; KEEP=1 leaves the lab up
 	@$(PYTHON) -m tests.system.demo $(if $(KEEP),--keep)
 
-test: build ## all three rings: unit, net, image
-	@$(PYTEST)
+test: test-unit ## all three rings: unit, net, image
+	@$(PYTEST) -m "net or image"
 
 test-unit: build ## ring 1: lint, types, C data structures, replay; no root
-	@$(PYTEST) -m unit
+	@$(PYTEST) -m unit --numprocesses auto --quiet
 
 test-net: build ## ring 2: real programs in network namespaces; root
 	@$(PYTEST) -m net
