@@ -24,13 +24,16 @@ static void alarm(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_reas
 {
 	const bool has_pool =
 		pkt->zone != NAT_NO_ZONE && e->policy->zone[pkt->zone].config.action == NAT_ACTION_POOL;
-	struct nat_event event = {.reason = (uint8_t)reason, .pool_id = NAT_NO_ID};
+	const struct nat_pool *pool =
+		has_pool ? &e->policy->pool[e->policy->zone[pkt->zone].config.pool] : NULL;
+	struct nat_event event = {
+		.reason = (uint8_t)reason, .pool_id = NAT_NO_ID, .protocol = pkt->tuple.protocol};
 	uint32_t *told_s;
 
 	if (!nat_is_inbound(pkt))
 		event.inside_be = pkt->tuple.local_be;
 	if (has_pool)
-		event.pool_id = e->policy->pool[e->policy->zone[pkt->zone].config.pool].id;
+		event.pool_id = pool->id;
 	if (reason == NAT_REASON_TABLE_FULL) {
 		event.kind = NAT_EVENT_TABLE_FULL;
 		told_s = &e->events.table_full_s;
@@ -45,6 +48,8 @@ static void alarm(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_reas
 		return;
 	*told_s = e->now_s + 1;
 	nat_event_put(e, &event);
+	if (e->log && (!pool || pool->log))
+		nat_event_log(e, &event);
 }
 
 static void refuse(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason reason)

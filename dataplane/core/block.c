@@ -30,12 +30,16 @@ static void tell(struct nat_engine *e, enum nat_event_kind kind, const struct na
 		 uint32_t host_be, uint32_t address_be)
 {
 	const uint16_t first = first_port(pool, block);
-	nat_event_put(e, &(struct nat_event){.kind = (uint8_t)kind,
-					     .inside_be = host_be,
-					     .outside_be = address_be,
-					     .port_first = first,
-					     .port_last = (uint16_t)(first + pool->block_ports - 1),
-					     .pool_id = pool->id});
+	const struct nat_event event = {.kind = (uint8_t)kind,
+					.inside_be = host_be,
+					.outside_be = address_be,
+					.port_first = first,
+					.port_last = (uint16_t)(first + pool->block_ports - 1),
+					.pool_id = pool->id};
+
+	nat_event_put(e, &event);
+	if (e->log && pool->log)
+		nat_event_log(e, &event);
 }
 
 enum nat_reason nat_block_take(struct nat_engine *e, const struct nat_pool *pool, uint32_t address,

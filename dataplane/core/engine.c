@@ -147,33 +147,6 @@ bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out)
 	return true;
 }
 
-/* ---- events ---- */
-
-void nat_event_put(struct nat_engine *e, const struct nat_event *event)
-{
-	struct nat_events *events = &e->events;
-
-	if (events->n == NAT_EVENTS) {
-		e->counters.events_lost++;
-		return;
-	}
-	struct nat_event *slot = &events->event[(events->first + events->n++) % NAT_EVENTS];
-	*slot = *event;
-	slot->now_ns = e->now_ns;
-}
-
-bool nat_engine_event(struct nat_engine *e, struct nat_event *event)
-{
-	struct nat_events *events = &e->events;
-
-	if (events->n == 0)
-		return false;
-	*event = events->event[events->first];
-	events->first = (events->first + 1) % NAT_EVENTS;
-	events->n--;
-	return true;
-}
-
 /* ---- memory ---- */
 
 /* Per session that the configuration allows: its record, its place among the free ones, two index entries, a

@@ -131,6 +131,7 @@ struct nat_engine {
 	struct nat_wheel wheel;
 	struct nat_outbox outbox;
 	struct nat_events events;
+	struct nat_event_ring *log; /* NULL: nothing is logged */
 };
 
 /* ---- verdicts ---- */
@@ -399,10 +400,15 @@ enum nat_reason nat_block_take(struct nat_engine *e, const struct nat_pool *pool
 /* A record that owns a port begins or ends. */
 void nat_block_count(struct nat_engine *e, const struct nat_session *s, bool begins);
 
-/* ---- events ---- */
+/* ---- events (event.c) ---- */
 
-/* Fills in the time. */
+/* For the operator, or for the log ring, which must be there (e->log). Both fill in the time. */
 void nat_event_put(struct nat_engine *e, const struct nat_event *event);
+void nat_event_log(struct nat_engine *e, const struct nat_event *event);
+
+/* A record has begun; one whose beginning was logged ends. With a log ring only. */
+void nat_event_begins(struct nat_engine *e, struct nat_session *s);
+void nat_event_ends(struct nat_engine *e, const struct nat_session *s);
 
 /* ---- outbox ---- */
 

@@ -81,7 +81,13 @@ struct nat_pool_config {
 	 * off. The last `dynamic_ports` of each address serve hosts whose own ports are spent. */
 	struct nat_prefix deterministic;
 	uint16_t dynamic_ports;
+	uint8_t log; /* NAT_LOG_* */
 };
+
+/* What of a pool goes to a log ring. A public port is told once: with its block, its mapping or its session, and
+ * not at all where arithmetic tells it. */
+#define NAT_LOG_PORTS    0x1u /* who is given which public port; refusals */
+#define NAT_LOG_SESSIONS 0x2u /* every session with its remote besides (RFC 6888 REQ-12 advises against it) */
 
 struct nat_zone_config {
 	struct nat_prefix source, destination;
@@ -361,21 +367,58 @@ enum nat_event_kind {
 	NAT_EVENT_HOST_LIMIT,      /* a host ran into a limit: once per worker in NAT_ALARM_S */
 	NAT_EVENT_BLOCK_TAKEN,     /* a host was given a block of ports */
 	NAT_EVENT_BLOCK_FREED,
+	/* The life of what is translated: for a log ring only. */
+	NAT_EVENT_SESSION_CREATED,
+	NAT_EVENT_SESSION_ENDED,
+	NAT_EVENT_MAPPING_CREATED, /* endpoint-independent */
+	NAT_EVENT_MAPPING_ENDED,
+	NAT_EVENT_KINDS
 };
 #define NAT_ALARM_S 60u
 
 struct nat_event {
 	uint64_t now_ns;
 	uint32_t inside_be, outside_be; /* host; public address */
-	uint16_t port_first, port_last; /* of the block, host order */
+	uint32_t remote_be;             /* session: towards whom */
+	union {
+		uint16_t port_first; /* of the block, host order */
+		uint16_t inside_port_be;
+	};
+	union {
+		uint16_t port_last;
+		uint16_t outside_port_be;
+	};
+	uint16_t remote_port_be;
 	uint16_t pool_id;
-	uint8_t kind;   /* enum nat_event_kind */
-	uint8_t reason; /* enum nat_reason of the refusal */
+	uint8_t kind;     /* enum nat_event_kind */
+	uint8_t reason;   /* enum nat_reason of the refusal */
+	uint8_t protocol; /* session, mapping, refusal */
+	uint8_t implied;  /* session: a mapping, a block or arithmetic tells its public port already */
 };
+_Static_assert(sizeof(struct nat_event) == 32, "two to a cache line: a busy worker writes many");
 
 /* Takes the oldest event; false when there is none. From the worker's own thread. When nobody takes them the
  * newest are lost and counted in nat_counters.events_lost: the engine never waits. */
 bool nat_engine_event(struct nat_engine *e, struct nat_event *event);
+
+/* A log ring: what a worker tells of pools with nat_pool_config.log, to one reader on a thread of its own. What
+ * the reader is too slow for is lost, and counted by kind; the worker never waits. */
+struct nat_event_ring;
+
+struct nat_event_counts {
+	uint64_t put[NAT_EVENT_KINDS], lost[NAT_EVENT_KINDS]; /* put: into the ring, without the lost ones */
+};
+
+size_t nat_event_ring_size(uint32_t n_events); /* a power of two */
+/* `mem` is aligned to 64 bytes. */
+struct nat_event_ring *nat_event_ring_init(void *mem, uint32_t n_events);
+/* Up to n of the oldest events; gives how many. The reader only. */
+uint32_t nat_event_ring_take(struct nat_event_ring *ring, struct nat_event *event, uint32_t n);
+/* Any thread. */
+void nat_event_ring_counts(const struct nat_event_ring *ring, struct nat_event_counts *counts);
+
+/* From the worker's own thread; NULL: no log, which costs a new session one branch. */
+void nat_engine_log_to(struct nat_engine *e, struct nat_event_ring *ring);
 
 /* The deterministic mapping's answer (RFC 7422): address and first port of a host, and how many ports it has.
  * False for a host outside the prefix or a pool without it. */

@@ -298,6 +298,7 @@ static void build_pool(struct nat_policy *p, uint32_t i, const struct nat_pool_c
 	pool->filtering = (uint8_t)config->filtering;
 	pool->select = (uint8_t)config->select;
 	pool->announce = (uint8_t)config->announce;
+	pool->log = config->log;
 	pool->active_while_be = config->active_while_be;
 	atomic_init(&pool->active, config->active_while_be == 0);
 	for (uint32_t r = 0; r < config->n_ranges; r++) {

@@ -45,7 +45,7 @@ struct nat_pool {
 	uint16_t ports_per_host, dynamic_first;
 	uint16_t port_first, port_last;
 	uint16_t id; /* stable, from the table's header */
-	uint8_t mapping, filtering, select, announce;
+	uint8_t mapping, filtering, select, announce, log;
 	uint32_t active_while_be;
 	_Atomic bool active;
 };

@@ -258,6 +258,8 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	*(volatile uint8_t *)&s->timer = want->timer;
 	if (owns_port(s))
 		nat_block_count(e, s, true);
+	if (NAT_UNLIKELY(e->log))
+		nat_event_begins(e, s);
 	if (s->flags & NAT_RECORD_MAPPING)
 		return record;
 	nat_wheel_hang(e, record);
@@ -327,6 +329,8 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 	e->records_left++;
 	if (gone.flags & NAT_RECORD_TRACKED)
 		nat_port_release(e, &gone);
+	if (NAT_UNLIKELY(e->log) && (gone.flags & NAT_RECORD_LOGGED))
+		nat_event_ends(e, &gone);
 	if (owns_port(&gone))
 		nat_block_count(e, &gone, false);
 	if (gone.flags & NAT_RECORD_MAPPING)

@@ -51,6 +51,8 @@ enum {
 	NAT_RECORD_MAPPING = 0x01,
 	/* a port set may know its port: tell it when the port is free */
 	NAT_RECORD_TRACKED = 0x02,
+	/* its beginning is in the log, so its end must be */
+	NAT_RECORD_LOGGED = 0x04,
 	/* session of an endpoint-independent pool: the port is its mapping's */
 	NAT_RECORD_UNDER_MAPPING = 0x08,
 	/* mapping: goes through NAT_TIMER_HOLD when its last session has ended */

@@ -79,6 +79,12 @@ static void write_line(char *line, const struct request_ops *ops, const struct n
 	case NAT_EVENT_TABLE_FULL:
 	case NAT_EVENT_HOST_LIMIT:
 		break;
+	case NAT_EVENT_SESSION_CREATED: /* for a log ring only */
+	case NAT_EVENT_SESSION_ENDED:
+	case NAT_EVENT_MAPPING_CREATED:
+	case NAT_EVENT_MAPPING_ENDED:
+	case NAT_EVENT_KINDS:
+		break;
 	}
 	write_refusal(line, event, pool);
 }
