@@ -53,6 +53,11 @@ class Session:
     flags_out: set[str] = field(default_factory=set)
     flags_in: set[str] = field(default_factory=set)
     answered: bool = False
+    reset: bool = False  # its last segment was a RST
+
+    def is_closing(self) -> bool:
+        """RFC 7857 section 2: by FINs of both sides, or by a RST until the next segment takes that back."""
+        return self.reset or "F" in self.flags_out & self.flags_in
 
     def timeouts_s(self) -> tuple[int, int]:
         """The shortest and the longest time-out that its state allows."""
@@ -63,9 +68,8 @@ class Session:
                 return TIMEOUTS_S["dns"], TIMEOUTS_S["udp"]
             one = TIMEOUTS_S["udp" if self.answered else "one_way"]
             return one, one
-        if "R" in self.flags_out | self.flags_in or "F" in self.flags_out & self.flags_in:
-            return TIMEOUTS_S["closing"], TIMEOUTS_S["established"]
-        one = TIMEOUTS_S["established" if "S" in self.flags_out & self.flags_in else "opening"]
+        open_ = "established" if "S" in self.flags_out & self.flags_in else "opening"
+        one = TIMEOUTS_S["closing" if self.is_closing() else open_]
         return one, one
 
     def life(self, now_s: float) -> Life:
@@ -81,11 +85,13 @@ class Session:
             self.last_out_s = now_s
         else:
             self.answered = True
-        seen = self.flags_out if outbound else self.flags_in
-        if outbound and packet.tcp_flags == "S" and self.timeouts_s() != (7440, 7440):
-            self.flags_out, self.flags_in = {"S"}, self.flags_in - {"F", "R"}  # may start the walk again
-        else:
-            seen.update(packet.tcp_flags)
+        if "R" in packet.tcp_flags:
+            self.reset = True
+            return
+        if outbound and "S" in packet.tcp_flags and self.is_closing():  # the walk starts again
+            self.flags_out, self.flags_in = set(), {"S"} if "A" in packet.tcp_flags else set()
+        self.reset = False
+        (self.flags_out if outbound else self.flags_in).update(packet.tcp_flags)
 
 
 class Oracle:
@@ -377,6 +383,7 @@ class EndpointIndependentOracle(Oracle):
         super().__init__(addresses, ports, sessions_per_host=sessions_per_host)
         self.filtering, self.hold_s = filtering, hold_s
         self.by_owner: dict[tuple[int, str, int], Mapping] = {}
+        self.strewn: set[str] = set()  # hosts that have been on three addresses at once since they began
         self.by_port: dict[tuple[int, str, int], Mapping] = {}
 
     def _hold_of(self, protocol: int) -> int:
@@ -506,14 +513,29 @@ class EndpointIndependentOracle(Oracle):
         mapping = Mapping(inside[:3], port)
         self.by_owner[inside[:3]] = self.by_port[port] = mapping
         mapping.add(self._begin(packet, inside, (*port, *inside[3:]), now_s, answer))
+        if len(self._addresses_of(inside[1], now_s)) > 2:
+            self.strewn.add(inside[1])
 
     def _port_life(self, port: tuple[int, str, int], now_s: float) -> Life:
         mapping = self.by_port.get(port)
         return self._holds(mapping, now_s) if mapping else Life.DEAD
 
+    def _addresses_of(self, host: str, now_s: float) -> dict[str, Life]:
+        """The public addresses that the host has sessions on, and how surely."""
+        found: dict[str, Life] = {}
+        for one in self.by_inside.values():
+            if one.inside[1] == host and (life := one.life(now_s)) is not Life.DEAD:
+                found[one.outside[1]] = max(found.get(one.outside[1], life), life, key=lambda one: one.value)
+        return found
+
     def _home_of(self, host: str, now_s: float) -> str:
-        """The public address of a host, where there is no doubt about it."""
-        sessions = [one for one in self.by_inside.values() if one.inside[1] == host]
-        lives = [one.life(now_s) for one in sessions]
-        homes = {one.outside[1] for one, life in zip(sessions, lives, strict=True) if life is not Life.DEAD}
-        return homes.pop() if len(homes) == 1 and Life.ALIVE in lives else ""
+        """The public address of a host, where there is no doubt about it: of its first session, or where
+        the others are when no session is left there.
+        """
+        addresses = self._addresses_of(host, now_s)
+        if not addresses:
+            self.strewn.discard(host)
+        if len(addresses) != 1 or host in self.strewn:
+            return ""
+        (home, life), *_ = addresses.items()
+        return home if life is Life.ALIVE else ""

@@ -150,13 +150,13 @@ bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out)
 /* ---- memory ---- */
 
 /* Per session that the configuration allows: its record, its place among the free ones, two index entries, a
- * quarter of a host, a share of a port set. What does not grow with max_sessions comes to about 2 MB. */
+ * share of a port set. Besides, half a line for each inside host, of which room is for one in four sessions and
+ * a million at most; what does not grow comes to about 2 MB. */
 _Static_assert((sizeof(struct nat_session) + sizeof(uint32_t)) * 1000 +
 			       sizeof(struct nat_bucket) * 2 * 1000 * 20 / (NAT_WAYS * 13) +
-			       sizeof(struct nat_host) * 1000 / 4 +
 			       sizeof(struct nat_portset) * 1000 / 16384 <=
-		       96 * 1000,
-	       "a session costs at most 96 bytes");
+		       91 * 1000,
+	       "a session costs at most 91 bytes");
 
 struct layout {
 	size_t buckets, free_records, portsets, hosts, frags, total;

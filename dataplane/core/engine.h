@@ -90,10 +90,12 @@ struct nat_outbox {
 struct nat_host {
 	uint32_t address_be; /* 0: empty */
 	uint32_t sessions;
-	uint32_t paired_be;
-	uint32_t tokens_s; /* second of the last refill */
+	uint32_t paired_be, elsewhere_be; /* its address, and one more that it has sessions on */
+	uint32_t at_paired, at_elsewhere; /* how many */
+	uint32_t tokens_s;                /* second of the last refill */
 	uint32_t tokens;
 };
+_Static_assert(sizeof(struct nat_host) == NAT_CACHE_LINE / 2, "a host is in one cache line");
 struct nat_hosts {
 	struct nat_host *slot;
 	uint32_t n_slots, used;
@@ -351,9 +353,9 @@ enum nat_reason nat_host_admit(struct nat_engine *e, uint32_t address_be);
 void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be);
 /* Prefetches what the two above will look at. */
 void nat_host_fetch(const struct nat_engine *e, uint32_t address_be);
-void nat_host_remove(struct nat_engine *e, uint32_t address_be);
+void nat_host_remove(struct nat_engine *e, uint32_t address_be, uint32_t paired_be);
 
-/* The public address that this host's sessions use, 0 if it has none. */
+/* The public address that this host's next session should use, 0 if it has no session. */
 uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be);
 
 /* ---- choosing address and port (choose.c) ---- */

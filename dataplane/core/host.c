@@ -97,12 +97,23 @@ enum nat_reason nat_host_admit(struct nat_engine *e, uint32_t address_be)
 	return NAT_REASON_OK;
 }
 
-/* Does the address take new sessions? One that drains when the host begins a session is not its address any longer, also not when the
- * drain is taken back while that session lives. */
 static bool serves(const struct nat_engine *e, uint32_t address_be)
 {
 	const uint32_t address = nat_policy_address(e->policy, address_be);
 	return address != UINT32_MAX && nat_in_service(e, address);
+}
+
+/* RFC 4787 REQ-2: a host's address is the one that its first session got. A session that finds no port there
+ * gets another address, which takes the first one's place when no session is left there, or when one begins
+ * elsewhere while the first one drains. (Of a host on three addresses at once the latest two are known.) */
+static void move(struct nat_host *host)
+{
+	const uint32_t paired_be = host->paired_be, at_paired = host->at_paired;
+
+	host->paired_be = host->elsewhere_be;
+	host->at_paired = host->at_elsewhere;
+	host->elsewhere_be = at_paired ? paired_be : 0;
+	host->at_elsewhere = at_paired;
 }
 
 void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
@@ -110,18 +121,38 @@ void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
 	struct nat_host *host = find_or_add(e, address_be);
 	if (!host)
 		return;
-	if (host->sessions++ == 0 || (host->paired_be != paired_be && !serves(e, host->paired_be)))
+	if (host->sessions++ == 0 || host->at_paired == 0) {
 		host->paired_be = paired_be;
+		host->at_paired = 1;
+		return;
+	}
+	if (host->paired_be == paired_be) {
+		host->at_paired++;
+		return;
+	}
+	if (host->elsewhere_be != paired_be) {
+		host->elsewhere_be = paired_be;
+		host->at_elsewhere = 0;
+	}
+	host->at_elsewhere++;
+	if (!serves(e, host->paired_be))
+		move(host);
 }
 
-void nat_host_remove(struct nat_engine *e, uint32_t address_be)
+void nat_host_remove(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
 {
 	struct nat_host *host = find(e, address_be);
 	if (!host || host->sessions == 0)
 		return;
 	if (--host->sessions == 0 &&
-	    (host->tokens_s != e->now_s || e->policy->limits.new_per_host_per_s == 0))
+	    (host->tokens_s != e->now_s || e->policy->limits.new_per_host_per_s == 0)) {
 		remove_slot(e, (uint32_t)(host - e->hosts.slot));
+		return;
+	}
+	host->at_paired -= host->paired_be == paired_be && host->at_paired != 0;
+	host->at_elsewhere -= host->elsewhere_be == paired_be && host->at_elsewhere != 0;
+	if (host->at_paired == 0 && host->at_elsewhere != 0)
+		move(host);
 }
 
 uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be)

@@ -307,7 +307,7 @@ void nat_session_lapse(struct nat_engine *e, uint32_t mapping)
 	m->state = 0;
 	m->last_seen_s = e->now_s;
 	nat_wheel_take(e, mapping);
-	nat_host_remove(e, m->inside.local_be);
+	nat_host_remove(e, m->inside.local_be, m->out_addr_be);
 	m->references--;
 	leave_mapping(e, mapping);
 }
@@ -336,7 +336,7 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 	if (gone.flags & NAT_RECORD_MAPPING)
 		return;
 	count_session(e, &gone, -1);
-	nat_host_remove(e, gone.inside.local_be);
+	nat_host_remove(e, gone.inside.local_be, gone.out_addr_be);
 	if (gone.flags & NAT_RECORD_PERMITS)
 		remove_permit(e, &gone);
 	if (under_mapping(&gone)) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.packet import UDP, icmp, ipv4, ping, udp
+from tests.packet import UDP, icmp, ipv4, ping, tcp, udp
 from tests.replay import Bench, configuration, outside
 
 
@@ -76,3 +76,29 @@ def test_a_host_whose_address_drained_stays_on_the_one_it_got_then(bench: Callab
     nat.config.write_text(text)
     assert nat.ctl(cmd="reload")["ok"]
     assert outside(nat.send(udp("100.64.0.2:4002 > 198.51.100.1:9"))).split(":")[0] == second
+
+
+def test_a_host_whose_first_address_was_full_stays_where_its_last_session_is(
+    bench: Callable[[str], Bench],
+) -> None:
+    """RFC 4787 REQ-2: it went back to the first address as soon as that had a port, and then had two."""
+    nat = bench(configuration("endpoint-independent", "select: paired", ports="5000-5000"))
+    first = outside(nat.send(tcp("100.64.0.2:4000 > 198.51.100.1:9"))).split(":")[0]
+    second = outside(nat.send(tcp("100.64.0.2:4001 > 198.51.100.1:9"))).split(":")[0]
+    assert second != first
+    nat.wait(200)
+    nat.send(tcp("100.64.0.2:4001 > 198.51.100.1:9"))
+    nat.wait(100)  # the first session's 240 s are over
+    assert outside(nat.send(udp("100.64.0.2:4002 > 198.51.100.1:9"))).split(":")[0] == second
+
+
+def test_rfc7857_s2_a_syn_after_a_reset_waits_for_its_answer_as_a_new_one_does(replay: Bench) -> None:
+    """The oracle was wrong here: it held the old connection's handshake against the new one."""
+    public = outside(replay.send(tcp("100.64.0.2:4000 > 198.51.100.1:80")))
+    replay.send(tcp(f"198.51.100.1:80 > {public}", "SA"), on="outside0")
+    replay.send(tcp(f"198.51.100.1:80 > {public}", "R"), on="outside0")
+    replay.send(tcp("100.64.0.2:4000 > 198.51.100.1:80"))
+    replay.wait(235)
+    assert len(replay.sessions()) == 1
+    replay.wait(10)
+    assert replay.sessions() == []
