@@ -145,8 +145,12 @@ def stage_table(rows: dict[tuple[str, int, int], Row]) -> str:
 
 
 def allocation_table(rows: dict[tuple[str, int, int], Row]) -> str:
-    found = sorted((used, row) for (what, _, used), row in rows.items() if what == "core.allocation.udp")
-    return table(["ports used", "cycles"], [[f"{used} %", figure(row)] for used, row in found])
+    """One column for each number of addresses that the pool has."""
+    found = {(what, used): row for (what, _, used), row in rows.items() if what.startswith("core.allocation")}
+    kinds = sorted({what for what, _ in found}, key=len)
+    head = ["ports used", *(f"of {what.split('.')[2].removeprefix('on_')} addresses" for what in kinds)]
+    uses = sorted({used for _, used in found})
+    return table(head, [[f"{used} %", *(figure(found.get((what, used))) for what in kinds)] for used in uses])
 
 
 def peer_rows() -> list[Row]:

@@ -42,7 +42,7 @@ struct hop_cache; /* routes and neighbours, as ctl/route.c keeps them for worker
 
 struct load {
 	uint8_t protocol;
-	bool one_remote; /* all flows talk to one remote endpoint, over one pool address */
+	bool one_remote; /* all flows talk to one remote endpoint */
 	uint64_t n_flows;
 	uint64_t now_ns;
 	uint64_t chance; /* state of the generator behind the order of packets */
@@ -57,12 +57,14 @@ struct load {
 struct nat_pkt;
 
 /* An engine with room for n_flows and NEW_MAX sessions more, with n_flows sessions in it: for TCP
- * established, for UDP answered. False when there is no memory. */
-bool load_open(struct load *load, uint8_t protocol, uint64_t n_flows, bool one_remote, enum pages wanted,
+ * established, for UDP answered. `scarce`: 0, or all flows go to one remote over so many pool addresses, in
+ * a table for all their ports.
+ * False when there is no memory. */
+bool load_open(struct load *load, uint8_t protocol, uint64_t n_flows, uint32_t scarce, enum pages wanted,
 	       uint64_t seed);
 void load_close(struct load *load);
 
-/* The ports of the one pool address that `one_remote` has. */
+/* The ports of one pool address. */
 uint32_t load_ports(void);
 
 /* A number below n. */

@@ -313,12 +313,12 @@ static bool make_engine(struct load *load, const struct nat_config *config, enum
 	return load->engine != NULL;
 }
 
-bool load_open(struct load *load, uint8_t protocol, uint64_t n_flows, bool one_remote, enum pages wanted,
+bool load_open(struct load *load, uint8_t protocol, uint64_t n_flows, uint32_t scarce, enum pages wanted,
 	       uint64_t seed)
 {
 	const struct nat_interface_config interfaces[] = {{.name = "inside0", .role = NAT_ROLE_INSIDE},
 							  {.name = "outside0", .role = NAT_ROLE_OUTSIDE}};
-	const struct nat_range range = {POOL_NET, POOL_NET + (one_remote ? 0 : N_ADDRESSES - 1)};
+	const struct nat_range range = {POOL_NET, POOL_NET + (scarce ? scarce : N_ADDRESSES) - 1};
 	const struct nat_pool_config pool = {.name = "pool",
 					     .ranges = &range,
 					     .n_ranges = 1,
@@ -326,7 +326,7 @@ bool load_open(struct load *load, uint8_t protocol, uint64_t n_flows, bool one_r
 					     .port_last = PORT_LAST};
 	struct nat_zone_config zones[4];
 	struct nat_config config = {.workers = 1,
-				    .max_sessions = n_flows + NEW_MAX,
+				    .max_sessions = (scarce ? scarce * load_ports() : n_flows) + NEW_MAX,
 				    .interfaces = interfaces,
 				    .n_interfaces = 2,
 				    .pools = &pool,
@@ -346,7 +346,7 @@ bool load_open(struct load *load, uint8_t protocol, uint64_t n_flows, bool one_r
 		zones[i] = (struct nat_zone_config){.source = {INSIDE_NET + (i << 20), 12},
 						    .action = NAT_ACTION_POOL};
 	*load = (struct load){.protocol = protocol,
-			      .one_remote = one_remote,
+			      .one_remote = scarce != 0,
 			      .n_flows = n_flows,
 			      .now_ns = UINT64_C(1000000000000),
 			      .chance = seed,

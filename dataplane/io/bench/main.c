@@ -62,15 +62,17 @@ static void print_machine(void)
 	       measure_core_per_tsc());
 }
 
-/* What an operator pays for max_sessions: records, index, port sets, hosts; all of it reserved at start. */
+/* What an operator pays for max_sessions, all of it reserved at start: records, index, port sets; hosts apart. */
 static void print_memory(uint64_t sessions, const struct load *load)
 {
-	const double bytes = (double)load->table_memory.used_bytes + (double)load->engine_memory.used_bytes;
+	const double hosts = (double)load->engine->hosts.n_slots * sizeof(struct nat_host);
+	const double bytes =
+		(double)load->table_memory.used_bytes + (double)load->engine_memory.used_bytes - hosts;
 
 	printf("{\"what\": \"core.memory\", \"sessions\": %llu, \"bytes_per_session\": %.1f, "
-	       "\"record_bytes\": %zu}\n",
-	       (unsigned long long)sessions, bytes / (double)(sessions + NEW_MAX),
-	       sizeof(struct nat_session));
+	       "\"record_bytes\": %zu, \"host_bytes\": %zu}\n",
+	       (unsigned long long)sessions, bytes / (double)(sessions + NEW_MAX), sizeof(struct nat_session),
+	       sizeof(struct nat_host));
 }
 
 static void print_stages(const struct options *options, struct load *load, uint8_t iface, bool new)
@@ -99,7 +101,7 @@ static bool run_size(const struct options *options, uint8_t protocol, uint64_t s
 	static struct figure outbound, inbound, new, expiry;
 	struct load load;
 
-	if (!load_open(&load, protocol, sessions, false, options->pages, options->seed))
+	if (!load_open(&load, protocol, sessions, 0, options->pages, options->seed))
 		return false;
 	if (protocol == NAT_PROTO_UDP && sessions >= 100000) /* below, the fixed part is all there is */
 		print_memory(sessions, &load);
@@ -131,24 +133,25 @@ static bool run_size(const struct options *options, uint8_t protocol, uint64_t s
 	return true;
 }
 
-/* One address towards one remote, whose ports run out: the cost of finding a free one must not. */
-static bool run_allocation(const struct options *options)
+/* One remote, towards which the ports of so many addresses run out: the cost of finding a free one must not. */
+static bool run_allocation(const struct options *options, uint32_t addresses)
 {
 	static const uint32_t used_percent[] = {0, 50, 90, 99};
 
 	for (uint32_t i = 0; i < sizeof(used_percent) / sizeof(used_percent[0]); i++) {
 		static struct figure figure;
-		const uint64_t used = (uint64_t)load_ports() * used_percent[i] / 100;
+		const uint64_t used = (uint64_t)load_ports() * addresses * used_percent[i] / 100;
 		struct load load;
-		char more[64];
+		char more[64], what[32];
 
-		if (!load_open(&load, NAT_PROTO_UDP, used, true, options->pages, options->seed))
+		if (!load_open(&load, NAT_PROTO_UDP, used, addresses, options->pages, options->seed))
 			return false;
 		figure.n = 0;
 		for (uint32_t window = 0; window < options->windows; window++)
 			figure_add(&figure, measure_new_sessions(&load, 512));
 		snprintf(more, sizeof(more), ", \"used_percent\": %u", used_percent[i]);
-		print_row("allocation", &load, used, &figure, more);
+		snprintf(what, sizeof(what), "allocation.on_%u", addresses);
+		print_row(what, &load, used, &figure, more);
 		load_close(&load);
 	}
 	return true;
@@ -233,7 +236,8 @@ int main(int argc, char **argv)
 				(unsigned long long)options.sessions[i]);
 			status = 1;
 		}
-	if (wanted(&options, "allocation") && !run_allocation(&options)) {
+	if (wanted(&options, "allocation") &&
+	    !(run_allocation(&options, 1) && run_allocation(&options, 16))) {
 		fprintf(stderr, "dsnat-bench: allocation: not enough memory; left out\n");
 		status = 1;
 	}
