@@ -56,7 +56,7 @@ INPUTS = (
     "image/nic.sh",
     "image/aptsources.py",
     "dataplane",
-    "provision/agent.py",
+    "provision/agent",
 )
 IGNORED = re.compile(r"(^|/)(__pycache__|\.[^/]*)(/|$)|_test\.c$|\.md$")
 FREE_BYTES_WANTED = 6 * 2**30

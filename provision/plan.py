@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from provision.agent import actions_between, digest_of_files
+from provision.agent.disk import digest_of_files
+from provision.agent.services import actions_between
 from provision.render import MANAGEMENT, Rendered
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from provision.agent import UPDATE_FILES
+from provision.agent.image import UPDATE_FILES
 from provision.plan import Running
 from provision.push import FACTS_S, AgentRefused, Dial, Remote, Result
 from provision.ssh import GatewayError, LostInFlight, Unreachable

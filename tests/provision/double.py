@@ -21,7 +21,9 @@ from pathlib import Path
 import paramiko
 from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
 
-from provision.agent import Agent, Refused
+from provision.agent import Refused
+from provision.agent.command import reply
+from provision.agent.state import State
 from tests.provision.machine import FakeMachine
 
 Behaviour = Callable[[paramiko.Channel, int], None]
@@ -147,7 +149,7 @@ class Gateway:
             with self.lock:
                 self.machine.connection = opened
                 try:
-                    result = Agent(self.machine).answer(request)
+                    result = reply(State(self.machine), request)
                     if request["do"] == "facts":
                         result["addresses"] = {"outside0": self.held}
                         result["units"] = {"keepalived": "active"}

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from provision.agent import PROTOCOL, Agent, Json, Machine, Refused
+from provision.agent import PROTOCOL, Json, Refused, undo
+from provision.agent.command import reply
+from provision.agent.machine import Machine
+from provision.agent.state import State
 
 
 class PowerCutError(BaseException):
@@ -171,18 +174,18 @@ class FakeMachine(Machine):
         self.boot += 1
         self.now, self.armed, self.running, self.connection = 10.0, [], {}, None
         if (self.root / "pending").exists():  # ConditionPathExists= of the unit
-            Agent(self).boot()
+            undo.boot(State(self))
         for service in ("dsnatd", "keepalived"):
             self._read(service)
 
     def undo_runs(self) -> None:
         """What the armed units do between two moments: they look, and act when it is time."""
         for identity in list(self.armed):
-            pending = Agent(self).pending()
+            pending = State(self).pending()
             if pending is None or pending.get("id") != identity:
                 self.armed.remove(identity)
             elif pending["state"] == "armed" or self.now >= pending["deadline"]:
-                Agent(self).undo(identity)
+                undo.undo(State(self), identity)
                 self.armed.remove(identity)
 
 
@@ -198,7 +201,7 @@ class Client:
         self.machine, self.owner = machine, owner
 
     def ask(self, **request: Any) -> Json:
-        return Agent(self.machine).answer({"protocol": PROTOCOL, "owner": self.owner, **request})
+        return reply(State(self.machine), {"protocol": PROTOCOL, "owner": self.owner, **request})
 
     def stage(self, marker: str, *, base: int | None = None, hardware: str = "h", **more: str) -> Json:
         live = self.machine.live() if base is None else base

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-AGENT = ROOT / "provision/agent.py"
+AGENT = ROOT / "provision/agent/__main__.py"
 SSHD = Path("/usr/sbin/sshd")
 
 FAKES = {

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from provision.agent import READING, Agent, Json, Machine, Refused, actions_between
+from provision.agent import Json, Refused
+from provision.agent.change import by_hand
+from provision.agent.command import reply
+from provision.agent.look import READING
+from provision.agent.machine import Machine
+from provision.agent.services import actions_between
+from provision.agent.state import State
 from provision.plan import Running
 from tests.provision.machine import Client, FakeMachine, PowerCutError, files, snapshot_of
 
@@ -101,7 +107,7 @@ def test_a_change_whose_undo_died_half_way_can_only_be_undone(machine: FakeMachi
         alice.confirm(1)
     machine.now += 61
     machine.undo_runs()
-    assert Agent(machine).pending() is None
+    assert State(machine).pending() is None
     assert "dsnatd" not in machine.running
 
 
@@ -119,7 +125,7 @@ def test_power_that_goes_at_any_step_of_an_undo_leaves_the_undo_done(
     machine.steps_left = None
     machine.boot_up()
     assert machine.live() == 1
-    assert Agent(machine).pending() is None
+    assert State(machine).pending() is None
 
 
 def test_confirming_twice_is_the_same_as_once(machine: FakeMachine, alice: Client) -> None:
@@ -182,7 +188,7 @@ def test_an_undo_that_cannot_be_armed_stops_the_change(machine: FakeMachine, ali
     with pytest.raises(Refused, match="no units today"):
         alice.apply(alice.stage("a"))
     assert machine.live() == 0
-    assert Agent(machine).pending() is None
+    assert State(machine).pending() is None
 
 
 def test_a_generation_that_was_edited_after_staging_is_not_applied(
@@ -277,7 +283,7 @@ def test_a_probe_hears_the_answer_of_a_host_and_no_others(machine: FakeMachine) 
 
 def test_another_protocol_is_refused_with_both_numbers(machine: FakeMachine) -> None:
     with pytest.raises(Refused, match="speaks protocol 1 and was asked in 2"):
-        Agent(machine).answer({"protocol": 2, "do": "status"})
+        reply(State(machine), {"protocol": 2, "do": "status"})
 
 
 def test_facts_do_not_give_passwords_away(machine: FakeMachine, alice: Client) -> None:
@@ -298,7 +304,7 @@ def test_a_change_by_hand_is_a_generation_that_survives_and_is_known_for_drift(
 ) -> None:
     alice.push("a")
     request: Json = {"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "engine: by hand\n"}}}
-    assert Agent(machine).change(request) == {"state": "confirmed", "generation": 2}
+    assert by_hand(State(machine), request)["generation"] == 2
     assert machine.running["dsnatd"] == "engine: by hand\n"
     machine.boot_up()
     assert machine.running["dsnatd"] == "engine: by hand\n"
@@ -314,7 +320,7 @@ def test_a_change_by_hand_that_the_engine_does_not_take_is_undone(
 ) -> None:
     alice.push("a")
     machine.unwell.add(2)
-    answer = Agent(machine).change({"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "x\n"}}})
+    answer = by_hand(State(machine), {"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "x\n"}}})
     assert answer["state"] == "reverted"
     assert machine.running["dsnatd"] == "engine: a\n"
 
@@ -327,7 +333,7 @@ def test_a_change_by_hand_cannot_be_asked_for_over_the_network(alice: Client) ->
 def test_old_generations_go_and_the_ones_in_use_stay(machine: FakeMachine, alice: Client) -> None:
     for number in range(60):
         alice.push(str(number))
-    numbers = Agent(machine).numbers()
+    numbers = State(machine).numbers()
     assert numbers[0] == 0
     assert numbers[-1] == 60
     assert len(numbers) <= 52
@@ -341,7 +347,7 @@ def test_an_unreadable_pending_file_is_undone_to_what_was_confirmed_last(
     (machine.root / "pending").write_text("")
     machine.boot_up()
     assert machine.live() == 1
-    assert Agent(machine).pending() is None
+    assert State(machine).pending() is None
 
 
 FILES = {"dsnatd.yaml": "1", "keepalived.conf": "1", "network/a.network": "1"}
@@ -370,7 +376,7 @@ def test_only_what_changed_is_reloaded(change: dict[str, object], expected: list
 def test_the_agent_answers_what_is_not_json_with_an_error(tmp_path: Path) -> None:
     FakeMachine(tmp_path / "dsnat")
     done = subprocess.run(
-        [sys.executable, ROOT / "provision/agent.py"],
+        [sys.executable, ROOT / "provision/agent/__main__.py"],
         input="not json",
         env={"DSNAT_ROOT": str(tmp_path / "dsnat")},
         capture_output=True,
@@ -384,10 +390,10 @@ def test_the_agent_answers_what_is_not_json_with_an_error(tmp_path: Path) -> Non
 def test_a_change_on_the_gateway_itself_is_kept_in_one_go(machine: FakeMachine, alice: Client) -> None:
     alice.push("a")
     before = files("a")
-    done = Agent(machine).change({"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "engine: z\n"}}})
-    assert done == {"state": "confirmed", "generation": 2}
+    done = by_hand(State(machine), {"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "engine: z\n"}}})
+    assert (done["state"], done["generation"]) == ("confirmed", 2)
     assert machine.running["dsnatd"] == "engine: z\n"
-    assert Agent(machine).pending() is None
+    assert State(machine).pending() is None
     here = machine.root / "generations/current"
     for name, file in before.items():
         if name != "dsnatd.yaml":
@@ -399,11 +405,37 @@ def test_a_change_on_the_gateway_itself_is_kept_in_one_go(machine: FakeMachine, 
 def test_a_local_change_that_a_service_refuses_is_undone(machine: FakeMachine, alice: Client) -> None:
     alice.push("a")
     machine.unwell = {2}
-    done = Agent(machine).change({"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "engine: z\n"}}})
+    done = by_hand(State(machine), {"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "engine: z\n"}}})
     assert done["state"] == "reverted"
     assert machine.live() == 1
     assert machine.running["dsnatd"] == "engine: a\n"
     with pytest.raises(Refused, match="broken; mend it"):
-        Agent(machine).change({"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "BROKEN"}}})
-    assert Agent(machine).lease() is None
+        by_hand(State(machine), {"owner": "ipvsadm", "files": {"dsnatd.yaml": {"text": "BROKEN"}}})
+    assert State(machine).lease() is None
     assert machine.live() == 1
+
+
+def test_a_line_of_history_that_was_changed_or_taken_out_is_found(
+    machine: FakeMachine, alice: Client
+) -> None:
+    for marker in "abc":
+        alice.push(marker)
+    told = alice.ask(do="history")
+    assert told["broken_at"] is None
+    assert alice.push("d")["receipt"] == alice.ask(do="history")["events"][-1]["receipt"]
+    file = machine.root / "history.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], lines[2].replace("alice", "mallory"), *lines[3:]]) + "\n")
+    assert alice.ask(do="history")["broken_at"] == 4
+    file.write_text("\n".join([*lines[:2], *lines[3:]]) + "\n")
+    assert alice.ask(do="history")["broken_at"] == 3
+
+
+def test_history_goes_on_behind_a_line_that_a_power_cut_tore(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    file = machine.root / "history.jsonl"
+    file.write_text(file.read_text() + '{"event": "appl')
+    alice.push("b")
+    told = alice.ask(do="history")
+    assert told["broken_at"] is None
+    assert [e["event"] for e in told["events"]] == ["applied", "confirmed"] * 2

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from provision.agent import Agent, Json, Refused
+from provision.agent import Json, Refused
+from provision.agent.state import State
 from tests.provision.machine import Client, FakeMachine, PowerCutError, snapshot_of
 
 OPERATORS = st.sampled_from(["alice", "bob"])
@@ -62,7 +63,7 @@ class Life(RuleBasedStateMachine):
         answer = self.attempt(
             lambda: Client(self.machine, who).stage(marker, hardware=hardware), steps, power
         )
-        for number in Agent(self.machine).numbers():
+        for number in State(self.machine).numbers():
             path = self.machine.root / f"generations/{number}/dsnatd.yaml"
             self.texts.setdefault(number, path.read_text() if path.exists() else None)
         if answer is not None:
@@ -77,7 +78,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(who=OPERATORS, steps=STEPS, power=st.booleans(), old=RARELY, older=RARELY)
     def confirm(self, who: str, steps: int | None, power: bool, old: bool, older: bool) -> None:
-        pending = Agent(self.machine).pending()
+        pending = State(self.machine).pending()
         if pending is None:
             return
         generation = pending["generation"] - older
@@ -148,13 +149,13 @@ class Life(RuleBasedStateMachine):
         self.quiet()
 
     def quiet(self) -> None:
-        assert Agent(self.machine).pending() is None
+        assert State(self.machine).pending() is None
         assert self.machine.live() == self.kept
         assert self.machine.running.get("dsnatd") == self.texts[self.kept]
 
     @invariant()
     def nothing_is_live_but_the_kept_or_the_pending(self) -> None:
-        pending = Agent(self.machine).pending()
+        pending = State(self.machine).pending()
         allowed = {self.kept} | ({pending["generation"]} if pending else set())
         assert self.machine.live() in allowed
         if pending:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from provision.agent import PROTOCOL, Agent, Refused
+from provision.agent import PROTOCOL, Refused
+from provision.agent.command import reply
+from provision.agent.state import State
 from provision.model import Fleet
 from provision.plan import Change, Running, plan
 from provision.push import (
@@ -83,7 +85,7 @@ class Asked:
         self.lab.fault(self.name, verb)
         self.machine.connection = self.opened
         try:
-            answer = Agent(self.machine).answer({"protocol": PROTOCOL, **request})
+            answer = reply(State(self.machine), {"protocol": PROTOCOL, **request})
         except Refused as refused:
             raise AgentRefused(refused.kind, str(refused)) from refused
         finally:
@@ -248,7 +250,7 @@ def test_a_way_out_that_does_not_work_is_not_kept(lab: Lab, read: Reader) -> Non
 def test_a_change_that_cannot_be_applied_lets_the_next_operator_in(lab: Lab, read: Reader) -> None:
     lab.machines["gw1"].broken.add("systemd-run")
     assert push(lab, read).outcome == "failed"
-    assert Agent(lab.machines["gw1"]).lease() is None
+    assert State(lab.machines["gw1"]).lease() is None
 
 
 def test_two_operators_do_not_overwrite_each_other(lab: Lab, read: Reader) -> None:
@@ -258,7 +260,7 @@ def test_two_operators_do_not_overwrite_each_other(lab: Lab, read: Reader) -> No
         if verb == "stage":
             lab.fault = lambda name, verb: None
             request = {"protocol": PROTOCOL, "do": "stage", "base": 0, "owner": "bob"}
-            Agent(machine).answer({**request, "files": {"dsnatd.yaml": {"text": "x"}}})
+            reply(State(machine), {**request, "files": {"dsnatd.yaml": {"text": "x"}}})
 
     lab.fault = somebody_else
     result = push(lab, read)
