@@ -1,7 +1,8 @@
 /* Mappings that hosts ask for (PCP, NAT-PMP; the protocols themselves are ctl/pcp.c).
  *
  * Such a mapping is one like any other of an endpoint-independent pool, but that its host's wish counts as a reference until its time
- * is over (NAT_RECORD_ASKED), and that it may let anybody in whatever the pool filters (NAT_MAPPING_OPEN).
+ * is over (NAT_RECORD_ASKED), and that it may let anybody in whatever the pool filters (NAT_MAPPING_OPEN). Until then only requests
+ * with the nonce that it was made with change it (RFC 6887 section 11.3): who forges the host's address does not know it.
  */
 #include "engine.h"
 
@@ -54,6 +55,15 @@ static enum nat_map_result make_asked(struct nat_engine *e, const struct nat_map
 	return NAT_MAP_NO_RESOURCES;
 }
 
+/* A mapping that was asked for without a nonce, by NAT-PMP, gets one from the first who has one. */
+static bool may_change(const struct nat_engine *e, const struct nat_session *mapping, struct nat_map *ask)
+{
+	if (!(mapping->flags & NAT_RECORD_ASKED) || mapping->nonce == 0 || mapping->nonce == ask->nonce)
+		return true;
+	ask->lifetime_s = mapping->asked_until_s - e->now_s;
+	return false;
+}
+
 enum nat_map_result nat_engine_map(struct nat_engine *e, struct nat_map *ask, uint64_t now_ns)
 {
 	const struct nat_tuple key = {
@@ -66,6 +76,8 @@ enum nat_map_result nat_engine_map(struct nat_engine *e, struct nat_map *ask, ui
 	    !nat_policy_is_active(e->policy, zone->config.pool))
 		return NAT_MAP_NOT_AUTHORIZED;
 	uint32_t mapping = nat_session_find(e, &key, nat_tuple_hash(&e->index.key, &key));
+	if (mapping != NAT_NO_RECORD && !may_change(e, &e->record[mapping], ask))
+		return NAT_MAP_NOT_THEIRS;
 	if (ask->lifetime_s == 0) {
 		if (mapping != NAT_NO_RECORD && (e->record[mapping].flags & NAT_RECORD_ASKED))
 			nat_session_lapse(e, mapping);
@@ -85,6 +97,7 @@ enum nat_map_result nat_engine_map(struct nat_engine *e, struct nat_map *ask, ui
 		nat_host_add(e, ask->host_be, m->out_addr_be);
 	}
 	m->flags |= NAT_RECORD_ASKED;
+	m->nonce = ask->nonce;
 	m->asked_until_s = e->now_s + ask->lifetime_s;
 	if (ask->open)
 		m->state = NAT_MAPPING_OPEN;

@@ -300,6 +300,7 @@ enum nat_map_result {
 	NAT_MAP_NOT_AUTHORIZED, /* no zone, or its pool is not endpoint-independent, or not in service */
 	NAT_MAP_NO_RESOURCES,   /* no port, or the table is full */
 	NAT_MAP_QUOTA,          /* the host is at one of its limits */
+	NAT_MAP_NOT_THEIRS,     /* there is one with another nonce; lifetime_s says for how long */
 };
 
 struct nat_map {
@@ -310,6 +311,7 @@ struct nat_map {
 	uint32_t lifetime_s; /* 0: the host needs it no longer; its sessions go on */
 	uint32_t outside_be; /* in: suggested, 0 for any; out: given */
 	uint16_t outside_port_be;
+	uint64_t nonce; /* who asks, in 64 bits; 0: the protocol has none (NAT-PMP) */
 };
 
 /* From the worker's own thread. */

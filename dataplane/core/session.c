@@ -305,6 +305,7 @@ void nat_session_lapse(struct nat_engine *e, uint32_t mapping)
 
 	m->flags &= (uint8_t)~NAT_RECORD_ASKED;
 	m->state = 0;
+	m->nonce = 0;
 	m->last_seen_s = e->now_s;
 	nat_wheel_take(e, mapping);
 	nat_host_remove(e, m->inside.local_be, m->out_addr_be);

@@ -93,7 +93,11 @@ struct nat_session {
 		uint64_t bytes_out;
 		uint64_t references; /* mapping: sessions that use it */
 	};
-	uint64_t bytes_in;
+	union {
+		uint64_t bytes_in;
+		uint64_t
+			nonce; /* mapping with NAT_RECORD_ASKED: whoever knows it may change it; 0: anybody */
+	};
 };
 _Static_assert(sizeof(struct nat_session) == NAT_CACHE_LINE, "a known session costs one line");
 

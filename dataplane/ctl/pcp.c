@@ -67,6 +67,7 @@ static enum pcp_result result_of(enum nat_map_result result)
 	case NAT_MAP_OK:
 		return SUCCESS;
 	case NAT_MAP_NOT_AUTHORIZED:
+	case NAT_MAP_NOT_THEIRS:
 		return NOT_AUTHORIZED;
 	case NAT_MAP_NO_RESOURCES:
 		return NO_RESOURCES;
@@ -92,13 +93,23 @@ static enum pcp_result check_options(const uint8_t *option, size_t bytes)
 	return SUCCESS;
 }
 
+/* The 96 bits of a nonce in 64, never 0: a guess is as good as hopeless still. */
+static uint64_t nonce_of(const uint8_t *data)
+{
+	const uint64_t low = (uint64_t)get32(data) << 32 | get32(data + 4);
+	const uint64_t nonce = low ^ get32(data + 8) * UINT64_C(0x9e3779b97f4a7c15);
+
+	return nonce ? nonce : 1;
+}
+
 static enum pcp_result serve_map(const struct pcp_ops *ops, uint32_t client_be, bool peer,
-				 uint32_t *lifetime_s, uint8_t *data)
+				 uint32_t *lifetime_s, uint32_t *error_s, uint8_t *data)
 {
 	struct nat_map ask = {.host_be = client_be,
 			      .protocol = data[12],
 			      .open = !peer,
-			      .lifetime_s = granted_lifetime(*lifetime_s)};
+			      .lifetime_s = granted_lifetime(*lifetime_s),
+			      .nonce = nonce_of(data)};
 	enum nat_map_result result;
 
 	memcpy(&ask.port_be, data + 16, 2);
@@ -112,6 +123,8 @@ static enum pcp_result serve_map(const struct pcp_ops *ops, uint32_t client_be, 
 		return ask.lifetime_s == 0 ? MALFORMED_REQUEST : UNSUPP_PROTOCOL;
 	if (!ops->map(ops->context, &ask, &result))
 		return NETWORK_FAILURE;
+	if (result == NAT_MAP_NOT_THEIRS)
+		*error_s = ask.lifetime_s;
 	if (result != NAT_MAP_OK)
 		return result_of(result);
 	*lifetime_s = ask.lifetime_s;
@@ -125,7 +138,7 @@ static size_t answer_pcp(const struct pcp_ops *ops, uint32_t client_be, uint32_t
 {
 	const uint8_t opcode = request[1] & 0x7f;
 	const size_t data_bytes = opcode == MAP ? MAP_BYTES : opcode == PEER ? PEER_BYTES : 0;
-	uint32_t lifetime_s = bytes >= 8 ? get32(request + 4) : 0;
+	uint32_t lifetime_s = bytes >= 8 ? get32(request + 4) : 0, error_s = 0;
 	enum pcp_result result = SUCCESS;
 
 	memset(answer, 0, HEADER_BYTES);
@@ -145,8 +158,8 @@ static size_t answer_pcp(const struct pcp_ops *ops, uint32_t client_be, uint32_t
 			result = check_options(request + HEADER_BYTES + data_bytes,
 					       bytes - HEADER_BYTES - data_bytes);
 		if (result == SUCCESS && opcode != ANNOUNCE)
-			result =
-				serve_map(ops, client_be, opcode == PEER, &lifetime_s, answer + HEADER_BYTES);
+			result = serve_map(ops, client_be, opcode == PEER, &lifetime_s, &error_s,
+					   answer + HEADER_BYTES);
 	}
 	answer[0] = PCP_VERSION;
 	answer[1] = RESPONSE | opcode;
@@ -154,7 +167,9 @@ static size_t answer_pcp(const struct pcp_ops *ops, uint32_t client_be, uint32_t
 	answer[3] = (uint8_t)result;
 	/* Of an error: how long it holds. Short for what may pass by itself (section 7.4). */
 	if (result != SUCCESS)
-		lifetime_s = result == NO_RESOURCES || result == NETWORK_FAILURE ? 30 : 1800;
+		lifetime_s = error_s                                               ? error_s
+			     : result == NO_RESOURCES || result == NETWORK_FAILURE ? 30
+										   : 1800;
 	put32(answer + 4, opcode == ANNOUNCE && result == SUCCESS ? 0 : lifetime_s);
 	put32(answer + 8, epoch_s);
 	memset(answer + 12, 0, 12);
@@ -205,7 +220,8 @@ static size_t answer_pmp_map(const struct pcp_ops *ops, uint32_t client_be, uint
 	else if (!ops->map(ops->context, &ask, &result))
 		code = PMP_NETWORK;
 	else if (result != NAT_MAP_OK)
-		code = result == NAT_MAP_NOT_AUTHORIZED ? PMP_REFUSED : PMP_RESOURCES;
+		code = result == NAT_MAP_NOT_AUTHORIZED || result == NAT_MAP_NOT_THEIRS ? PMP_REFUSED
+											: PMP_RESOURCES;
 	pmp_head(answer, request[1], code, epoch_s);
 	memcpy(answer + 8, &ask.port_be, 2);
 	memset(answer + 10, 0, 6);

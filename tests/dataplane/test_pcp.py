@@ -44,8 +44,10 @@ def pcp(opcode: int, lifetime: int, client: str, data: bytes = b"", *, version: 
     return struct.pack("!BBHI", version, opcode, 0, lifetime) + mapped(client) + data
 
 
-def map_data(protocol: int, port: int, suggested: str = "0.0.0.0", suggested_port: int = 0) -> bytes:
-    return NONCE + struct.pack("!B3xHH", protocol, port, suggested_port) + mapped(suggested)
+def map_data(
+    protocol: int, port: int, suggested: str = "0.0.0.0", suggested_port: int = 0, nonce: bytes = NONCE
+) -> bytes:
+    return nonce + struct.pack("!B3xHH", protocol, port, suggested_port) + mapped(suggested)
 
 
 def ask(nat: Bench, client: str, request: bytes) -> bytes:
@@ -110,6 +112,42 @@ def test_lifetime_zero_ends_a_mapping(nat: Bench) -> None:
     first = given(ask(nat, "100.64.0.2", pcp(1, 600, "100.64.0.2", map_data(UDP, 8080))))
     assert lifetime_of(ask(nat, "100.64.0.2", pcp(1, 0, "100.64.0.2", map_data(UDP, 8080)))) == 0
     assert nat.send(udp(f"198.51.100.7:999 > {first}"), on="outside0").reason == "no_session"
+
+
+@pytest.mark.parametrize("nonce", [b"twelve bytez", b"Twelve bytes", bytes(12), b"\xff" * 12])
+def test_rfc6888_req9_who_does_not_know_the_nonce_can_neither_end_nor_renew_a_mapping(
+    nat: Bench, nonce: bytes
+) -> None:
+    """RFC 6887 section 11.3: the error's lifetime is what the mapping has left."""
+    first = given(ask(nat, "100.64.0.2", pcp(1, 600, "100.64.0.2", map_data(UDP, 8080))))
+    nat.wait(100)
+    forged = map_data(UDP, 8080, nonce=nonce)
+    to_remote = struct.pack("!H2x", 53) + mapped("198.51.100.1")
+    for opcode, lifetime, data in ((1, 0, forged), (1, 7200, forged), (2, 0, forged + to_remote)):
+        answer = ask(nat, "100.64.0.2", pcp(opcode, lifetime, "100.64.0.2", data))
+        assert result_of(answer) == 2 and 498 <= lifetime_of(answer) <= 500
+    assert ask(nat, "100.64.0.2", struct.pack("!BB2xHHI", 0, 1, 8080, 0, 0))[3] == 2, "NAT-PMP has none"
+    assert nat.send(udp(f"198.51.100.7:999 > {first}"), on="outside0").verdict == "forward"
+    assert lifetime_of(ask(nat, "100.64.0.2", pcp(1, 900, "100.64.0.2", map_data(UDP, 8080)))) == 900
+    assert lifetime_of(ask(nat, "100.64.0.2", pcp(1, 0, "100.64.0.2", map_data(UDP, 8080)))) == 0
+    assert nat.send(udp(f"198.51.100.7:999 > {first}"), on="outside0").reason == "no_session"
+    assert given(ask(nat, "100.64.0.2", pcp(1, 600, "100.64.0.2", map_data(UDP, 8081))))
+
+
+def test_a_mapping_that_has_ended_is_anybodys_again(nat: Bench) -> None:
+    ask(nat, "100.64.0.2", pcp(1, 600, "100.64.0.2", map_data(UDP, 8080)))
+    nat.send(udp("100.64.0.2:8080 > 198.51.100.7:999"))
+    ask(nat, "100.64.0.2", pcp(1, 0, "100.64.0.2", map_data(UDP, 8080)))
+    other = map_data(UDP, 8080, nonce=b"other twelve")
+    assert result_of(ask(nat, "100.64.0.2", pcp(1, 600, "100.64.0.2", other))) == 0
+    assert result_of(ask(nat, "100.64.0.2", pcp(1, 600, "100.64.0.2", map_data(UDP, 8080)))) == 2
+
+
+def test_a_mapping_made_by_nat_pmp_is_the_first_nonces_that_renews_it(nat: Bench) -> None:
+    ask(nat, "100.64.0.2", struct.pack("!BB2xHHI", 0, 1, 8080, 0, 3600))
+    assert result_of(ask(nat, "100.64.0.2", pcp(1, 600, "100.64.0.2", map_data(UDP, 8080)))) == 0
+    other = map_data(UDP, 8080, nonce=b"other twelve")
+    assert result_of(ask(nat, "100.64.0.2", pcp(1, 600, "100.64.0.2", other))) == 2
 
 
 def test_a_peer_mapping_lets_in_only_whom_the_filter_lets_in(nat: Bench) -> None:
