@@ -64,9 +64,8 @@ class Session:
         if self.inside[0] == ICMP:
             return TIMEOUTS_S["icmp"], TIMEOUTS_S["icmp"]
         if self.inside[0] == UDP:
-            if self.inside[4] == 53:
-                return TIMEOUTS_S["dns"], TIMEOUTS_S["udp"]
-            one = TIMEOUTS_S["udp" if self.answered else "one_way"]
+            two_way = "udp" if self.answered else "one_way"
+            one = TIMEOUTS_S["dns" if self.inside[4] == 53 else two_way]
             return one, one
         open_ = "established" if "S" in self.flags_out & self.flags_in else "opening"
         one = TIMEOUTS_S["closing" if self.is_closing() else open_]
@@ -101,7 +100,7 @@ class Oracle:
         self.sessions_per_host = sessions_per_host
         self.by_inside: dict[Inside, Session] = {}
         self.by_outside: dict[Outside, Session] = {}
-        self.cursor = 0
+        self.cursors = {0}  # whose turn it may be: more than one after a session that lived on, or not
         self.refused = 0
 
     def check(self, now_ns: int, interface: str, raw: bytes, answer: Answer) -> None:
@@ -136,6 +135,8 @@ class Oracle:
         ):
             self._unchanged(packet, answer)
             session.saw(packet, now_s, outbound=True)
+            if life is Life.UNSURE:  # or it ended, and a new one got the same port
+                self.cursors.add(self._after(session.outside[1]))
             return
         if session and life is Life.ALIVE:
             raise Disagreement(f"{inside} is {session.outside} and alive, but the answer is {answer.line}")
@@ -256,33 +257,25 @@ class Oracle:
     # -- a new session --
 
     def _new(self, packet: Packet, inside: Inside, now_s: float, answer: Answer) -> None:
-        count = len(self.addresses)
-        turn = [(self.cursor + step) % count for step in range(count)]
-        allowed: list[int] = []  # addresses that may be taken: up to the first that surely has a free port
-        for number in turn:
-            if self.addresses[number] in self.draining:
-                continue
-            lives = self._lives(self.addresses[number], inside, now_s)
-            if lives.count(Life.DEAD):
-                allowed.append(number)
-                break
-            if lives.count(Life.UNSURE):
-                allowed.append(number)
-        else:
-            if not set(self.addresses) - self.draining:
-                self._dropped(answer, "pool_empty")
-                return
-            if answer.verdict == "drop":
-                self._dropped(answer, "no_port")
-                self.refused += 1
-                self.cursor = (self.cursor + 1) % count
-                return
+        if not set(self.addresses) - self.draining:
+            self._dropped(answer, "pool_empty")
+            return
+        lives = {
+            address: self._lives(address, inside, now_s)
+            for address in self.addresses
+            if address not in self.draining
+        }
+        if answer.verdict == "drop" and not any(Life.DEAD in of_ports for of_ports in lives.values()):
+            self._dropped(answer, "no_port")
+            self.refused += 1
+            self.cursors = {(cursor + 1) % len(self.addresses) for cursor in self.cursors}
+            return
         if answer.verdict != "forward":
             raise Disagreement(f"{inside} was refused while a port is free: {answer.line}")
         got = answer.packet
-        addresses = [self.addresses[number] for number in allowed]
-        if got.source_address not in addresses:
-            raise Disagreement(f"{inside} got {got.source_address}, the next in turn is one of {addresses}")
+        allowed = {address for cursor in self.cursors for address in self._in_turn(cursor, lives)}
+        if got.source_address not in allowed:
+            raise Disagreement(f"{inside} got {got.source_address}, the next in turn is one of {allowed}")
         if got.sport not in self.ports:
             raise Disagreement(f"{inside} got port {got.sport}, outside of {self.ports}")
         outside = (inside[0], got.source_address, got.sport, inside[3], inside[4])
@@ -292,7 +285,21 @@ class Oracle:
                 raise Disagreement(f"{inside} got {outside}, which {holder.inside} has")
             self._forget(holder)
         self._begin(packet, inside, outside, now_s, answer)
-        self.cursor = (self.addresses.index(got.source_address) + 1) % count
+        self.cursors = {self._after(got.source_address)}
+
+    def _in_turn(self, cursor: int, lives: dict[str, list[Life]]) -> list[str]:
+        """The addresses that may be taken: up to the first that surely has a free port."""
+        allowed: list[str] = []
+        for address in (*self.addresses[cursor:], *self.addresses[:cursor]):
+            of_ports = lives.get(address, [])
+            if Life.DEAD in of_ports:
+                return [*allowed, address]
+            if Life.UNSURE in of_ports:
+                allowed.append(address)
+        return allowed
+
+    def _after(self, address: str) -> int:
+        return (self.addresses.index(address) + 1) % len(self.addresses)
 
     def _lives(self, address: str, inside: Inside, now_s: float) -> list[Life]:
         """What is known of every port of the address towards this remote."""
