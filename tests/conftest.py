@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=1, help="seed of the engine and of random traffic")
     parser.addoption("--steps", type=int, default=3000, help="steps of the state machine in all")
     parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden/")
+    parser.addoption("--kills", type=int, default=300, help="how often the engine is killed under load")
     parser.addoption("--hybrid-seconds", type=float, default=10, help="how long 200 clients talk at once")
 
 

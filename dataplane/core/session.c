@@ -485,6 +485,9 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 	}
 	e->records_left--;
 	s->worker = (uint8_t)e->worker;
+	/* The process may have died between the two: a connection must not be timed as one that is opening. */
+	if (s->inside.protocol == NAT_PROTO_TCP && !is_mapping)
+		s->timer = (uint8_t)nat_tcp_timer(s->state);
 	s->flags &= (uint8_t)~NAT_RECORD_TRACKED;
 	s->slot = NAT_OFF_WHEEL;
 	if (owns_port(s))
