@@ -54,9 +54,11 @@ static void alarm(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_reas
 
 static void refuse(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason reason)
 {
-	if (pkt->zone != NAT_NO_ZONE)
-		e->notes->zone[pkt->zone].refused++;
-	alarm(e, pkt, reason);
+	if (e->trial == NAT_TRIAL_NONE) {
+		if (pkt->zone != NAT_NO_ZONE)
+			e->notes->zone[pkt->zone].refused++;
+		alarm(e, pkt, reason);
+	}
 	if (nat_is_inbound(pkt)) {
 		nat_drop(pkt, reason); /* whoever knocks from outside is told nothing */
 		return;
@@ -187,7 +189,7 @@ static void begin_static(struct nat_engine *e, struct nat_pkt *pkt, const struct
 	pkt->session = store(e, pkt, &want);
 	if (pkt->session == NAT_NO_SESSION)
 		return;
-	e->notes->address[address].created++;
+	e->notes->address[address].created += e->trial == NAT_TRIAL_NONE;
 	nat_host_add(e, mapping->inside_be, mapping->outside_be);
 	if (inbound)
 		nat_route(e, pkt, 1);
@@ -279,8 +281,8 @@ static void begin_from_inside(struct nat_engine *e, struct nat_pkt *pkt)
 	struct nat_session *s = &e->record[pkt->session];
 	uint32_t address = nat_policy_address(e->policy, s->out_addr_be);
 	if (address != UINT32_MAX)
-		e->notes->address[address].created++;
-	e->notes->zone[pkt->zone].created++;
+		e->notes->address[address].created += e->trial == NAT_TRIAL_NONE;
+	e->notes->zone[pkt->zone].created += e->trial == NAT_TRIAL_NONE;
 	nat_host_add(e, pkt->tuple.local_be, s->out_addr_be);
 	if (pkt->tuple.protocol == NAT_PROTO_TCP && (pkt->tcp_flags & NAT_TCP_ACK)) {
 		s->state = NAT_TCP_SAW_SYN_OUT | NAT_TCP_SAW_SYN_IN;

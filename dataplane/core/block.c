@@ -37,6 +37,8 @@ static void tell(struct nat_engine *e, enum nat_event_kind kind, const struct na
 					.port_last = (uint16_t)(first + pool->block_ports - 1),
 					.pool_id = pool->id};
 
+	if (e->trial != NAT_TRIAL_NONE)
+		return;
 	nat_event_put(e, &event);
 	if (e->log && pool->log)
 		nat_event_log(e, &event);

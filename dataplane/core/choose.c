@@ -61,7 +61,7 @@ enum nat_reason nat_take_at(struct nat_engine *e, const struct nat_pkt *pkt, con
 			reason = NAT_REASON_OK;
 	}
 	if (reason != NAT_REASON_OK)
-		e->notes->address[address].refused++;
+		e->notes->address[address].refused += e->trial == NAT_TRIAL_NONE;
 	return reason;
 }
 

@@ -15,12 +15,9 @@
 
 static void run_stages(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
-	nat_route_as_sent(e, pkt, n);
-	nat_classify(e, pkt, n);
-	nat_session_lookup(e, pkt, n);
-	nat_route(e, pkt, n);
-	nat_allocate(e, pkt, n);
-	nat_rewrite(e, pkt, n);
+#define RUN(stage, name) stage(e, pkt, n);
+	NAT_STAGES(RUN)
+#undef RUN
 }
 
 static void run_second_time(struct nat_engine *e, struct nat_pkt *pkt)
@@ -190,7 +187,7 @@ size_t nat_engine_size(const struct nat_engine_params *params)
 	return lay_out(params).total;
 }
 
-static void set_timeouts(struct nat_engine *e)
+void nat_engine_set_timeouts(struct nat_engine *e)
 {
 	const struct nat_timeouts *t = &e->policy->timeouts;
 
@@ -237,7 +234,7 @@ struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *pa
 	nat_wheel_init(e);
 	e->notes = &params->policy->notes[params->worker];
 	nat_table_bind(e->table, e->policy);
-	set_timeouts(e);
+	nat_engine_set_timeouts(e);
 	nat_session_adopt(e);
 	return e;
 }
@@ -248,7 +245,7 @@ void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy)
 	nat_policy_inherit(policy, e->policy, e->worker);
 	e->policy = policy;
 	e->notes = &policy->notes[e->worker];
-	set_timeouts(e);
+	nat_engine_set_timeouts(e);
 	nat_portsets_forget(e); /* other ports may be forwarded now */
 }
 
@@ -312,7 +309,7 @@ static const char *state_name(const struct nat_session *s)
 	return name[s->timer];
 }
 
-static void view_session(const struct nat_engine *e, uint32_t record, struct nat_session_view *view)
+void nat_session_show(const struct nat_engine *e, uint32_t record, struct nat_session_view *view)
 {
 	const struct nat_session *s = &e->record[record];
 	const uint32_t deadline_s = nat_session_deadline(e, s);
@@ -354,7 +351,7 @@ bool nat_engine_sessions(struct nat_engine *e, uint64_t *cursor, uint32_t budget
 		struct nat_session_view view;
 		if (s->timer == NAT_TIMER_FREE || (s->flags & NAT_RECORD_MAPPING) || nat_session_over(e, s))
 			continue;
-		view_session(e, record, &view);
+		nat_session_show(e, record, &view);
 		if (!visit(context, &view))
 			return true;
 	}

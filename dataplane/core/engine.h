@@ -109,6 +109,9 @@ struct nat_events {
 	uint32_t table_full_s, host_limit_s; /* when each was last told, + 1 */
 };
 
+/* Is this a real packet, or one that trial.c sends through? */
+enum nat_trial_mode { NAT_TRIAL_NONE, NAT_TRIAL_LIVE, NAT_TRIAL_CANDIDATE };
+
 struct nat_engine {
 	struct nat_policy *policy;
 	struct nat_worker_notes *notes;
@@ -134,6 +137,7 @@ struct nat_engine {
 	struct nat_outbox outbox;
 	struct nat_events events;
 	struct nat_event_ring *log; /* NULL: nothing is logged */
+	enum nat_trial_mode trial;
 };
 
 /* ---- verdicts ---- */
@@ -217,6 +221,15 @@ void nat_route(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_rewrite(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 
+/* All of them behind the first, for those that go through them one after the other. */
+#define NAT_STAGES(STAGE)                                                                                    \
+	STAGE(nat_route_as_sent, SENT)                                                                       \
+	STAGE(nat_classify, CLASSIFY)                                                                        \
+	STAGE(nat_session_lookup, LOOK_UP)                                                                   \
+	STAGE(nat_route, ROUTE)                                                                              \
+	STAGE(nat_allocate, ALLOCATE)                                                                        \
+	STAGE(nat_rewrite, REWRITE)
+
 /* Only the addresses and the TTL: for packets whose ports are elsewhere (rewrite.c). */
 void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be);
 
@@ -287,11 +300,17 @@ void nat_session_resume(struct nat_engine *e, uint32_t mapping, enum nat_timer t
 /* The time that the host asked for is over, or it needs the mapping no longer: from now on only sessions keep it. */
 void nat_session_lapse(struct nat_engine *e, uint32_t mapping);
 
+/* A session has left its mapping. The last one ends it, or puts it on hold. */
+void nat_session_leave(struct nat_engine *e, uint32_t mapping);
+
 /* Indexes again what the table already holds for this worker. */
 void nat_session_adopt(struct nat_engine *e);
 
 /* The record's time-out is now that of `timer`, counted from its last packet. */
 void nat_session_set_timer(struct nat_engine *e, uint32_t record, enum nat_timer timer);
+
+/* A record as the control socket shows it (engine.c). */
+void nat_session_show(const struct nat_engine *e, uint32_t record, struct nat_session_view *view);
 
 /* Books a packet of the session: state, timer, time, bytes. */
 void nat_session_touch(struct nat_engine *e, struct nat_pkt *pkt);
@@ -358,6 +377,10 @@ void nat_host_remove(struct nat_engine *e, uint32_t address_be, uint32_t paired_
 /* The public address that this host's next session should use, 0 if it has no session. */
 uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be);
 
+/* A host's record as it is, and put back as it was (NULL: there was none). False: there is none. */
+bool nat_host_copy(const struct nat_engine *e, uint32_t address_be, struct nat_host *copy);
+void nat_host_restore(struct nat_engine *e, uint32_t address_be, const struct nat_host *was);
+
 /* ---- choosing address and port (choose.c) ---- */
 
 struct nat_choice {
@@ -411,6 +434,9 @@ void nat_event_log(struct nat_engine *e, const struct nat_event *event);
 /* A record has begun; one whose beginning was logged ends. With a log ring only. */
 void nat_event_begins(struct nat_engine *e, struct nat_session *s);
 void nat_event_ends(struct nat_engine *e, const struct nat_session *s);
+
+/* The time-outs of the policy in force (engine.c). */
+void nat_engine_set_timeouts(struct nat_engine *e);
 
 /* ---- outbox ---- */
 

@@ -155,6 +155,28 @@ void nat_host_remove(struct nat_engine *e, uint32_t address_be, uint32_t paired_
 		move(host);
 }
 
+bool nat_host_copy(const struct nat_engine *e, uint32_t address_be, struct nat_host *copy)
+{
+	const struct nat_host *host = find(e, address_be);
+	if (host)
+		*copy = *host;
+	return host != NULL;
+}
+
+void nat_host_restore(struct nat_engine *e, uint32_t address_be, const struct nat_host *was)
+{
+	struct nat_host *host = was ? find_or_add(e, address_be) : find(e, address_be);
+
+	if (host && was && host->sessions == was->sessions) {
+		*host = *was;
+	} else if (host && was) { /* one whose time was over has ended meanwhile */
+		host->tokens = was->tokens;
+		host->tokens_s = was->tokens_s;
+	} else if (host && host->sessions == 0) {
+		remove_slot(e, (uint32_t)(host - e->hosts.slot));
+	}
+}
+
 uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be)
 {
 	const struct nat_host *host = find(e, address_be);

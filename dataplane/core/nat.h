@@ -293,6 +293,57 @@ bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out);
 /* The new policy holds from the next burst on. The shell frees the old one when every worker has passed. */
 void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy);
 
+/* ---- trials: what would become of a packet, with everything taken back afterwards (trial.c) ---- */
+
+enum nat_trial_stage {
+	NAT_TRIED_NOTHING,
+	NAT_TRIED_PARSE,
+	NAT_TRIED_SENT,
+	NAT_TRIED_CLASSIFY,
+	NAT_TRIED_LOOK_UP,
+	NAT_TRIED_ROUTE,
+	NAT_TRIED_ALLOCATE,
+	NAT_TRIED_REWRITE
+};
+
+struct nat_session_view {        /* a session as others see it */
+	struct nat_tuple inside; /* host and remote */
+	uint32_t out_addr_be;
+	uint16_t out_port_be;
+	uint16_t zone_id, pool_id; /* stable ids: nat_policy_zone_id(), nat_policy_pool_id() */
+	const char *state;         /* "opening", "established", "closing", "one_way", "two_way" */
+	uint32_t age_s, idle_s, expires_s;
+	uint64_t bytes_out, bytes_in;
+	uint32_t record;
+	uint8_t worker;
+};
+
+struct nat_trial {
+	/* in */
+	struct nat_policy
+		*candidate; /* judge by this one, of the same interfaces; NULL: by the one in force */
+	/* in and out: l3 is the caller's own copy, rewritten as the packet would be; verdict, reason, hop */
+	struct nat_pkt pkt;
+	/* out: how it came to that */
+	bool whole; /* false: a fragment, which is not tried; there is no verdict */
+	enum nat_trial_stage settled_in;
+	const struct nat_policy *policy; /* by which it was judged */
+	struct nat_hop routed;           /* to the destination that the packet names */
+	uint32_t zone;                   /* number in the policy, or UINT32_MAX */
+	bool inbound, hairpin, icmp_error;
+	struct nat_tuple tuple, first_tuple;     /* looked up; hairpin: that of the first time */
+	bool found, begun;                       /* a session that was there, a new one */
+	bool over_mapping;                       /* translated by the mapping itself */
+	struct nat_session_view session, behind; /* hairpin: behind is that of the second time */
+	bool cut;                                /* it would leave in fragments */
+	uint32_t made_bytes;                     /* of the packet that the engine would send, 0: none */
+	uint8_t made_iface;
+	uint8_t made[NAT_MADE_BYTES_MAX];
+};
+
+/* From the worker's own thread. */
+void nat_engine_try(struct nat_engine *e, struct nat_trial *trial, uint64_t now_ns);
+
 /* ---- mappings that hosts ask for (PCP, RFC 6887; NAT-PMP, RFC 6886) ---- */
 
 enum nat_map_result {
@@ -428,18 +479,6 @@ bool nat_policy_deterministic(const struct nat_policy *policy, uint32_t pool, ui
 			      uint32_t *address_be, uint16_t *port_first, uint16_t *n_ports);
 
 /* ---- looking at the tables (control socket; from the worker's own thread, or stopped) ---- */
-
-struct nat_session_view {
-	struct nat_tuple inside; /* host and remote */
-	uint32_t out_addr_be;
-	uint16_t out_port_be;
-	uint16_t zone_id, pool_id; /* stable ids: nat_policy_zone_id(), nat_policy_pool_id() */
-	const char *state;         /* "opening", "established", "closing", "one_way", "two_way" */
-	uint32_t age_s, idle_s, expires_s;
-	uint64_t bytes_out, bytes_in;
-	uint32_t record;
-	uint8_t worker;
-};
 
 /* Visits up to `budget` records of this worker from *cursor on (start with 0); `visit` returns false to stop
  * early. Returns false when the end was reached. Sessions that begin or end meanwhile may be seen or not. */

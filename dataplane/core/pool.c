@@ -25,7 +25,7 @@ static uint32_t buckets_for(uint32_t n_sets)
 size_t nat_portsets_size(uint64_t max_sessions)
 {
 	uint32_t n = sets_for(max_sessions);
-	return n * sizeof(struct nat_portset) + buckets_for(n) * sizeof(uint32_t);
+	return (n + 1) * sizeof(struct nat_portset) + buckets_for(n) * sizeof(uint32_t);
 }
 
 void nat_portsets_forget(struct nat_engine *e)
@@ -40,7 +40,7 @@ void nat_portsets_init(struct nat_engine *e, void *mem, uint64_t max_sessions)
 	e->portsets.n_sets = sets_for(max_sessions);
 	e->portsets.set = mem;
 	e->portsets.bucket =
-		(uint32_t *)(void *)((uint8_t *)mem + e->portsets.n_sets * sizeof(struct nat_portset));
+		(uint32_t *)(void *)((uint8_t *)mem + (e->portsets.n_sets + 1) * sizeof(struct nat_portset));
 	e->portsets.bucket_mask = buckets_for(e->portsets.n_sets) - 1;
 	nat_portsets_forget(e);
 }
@@ -79,19 +79,25 @@ static void unchain(struct nat_engine *e, struct nat_portset *set)
 	*link = set->next;
 }
 
-/* An unused set, or the least recently touched of eight under the hand. */
+/* The least recently touched of eight under the hand, which moves on. */
+static struct nat_portset *oldest_set(const struct nat_portsets *sets, uint32_t *hand)
+{
+	struct nat_portset *oldest = NULL;
+	for (int i = 0; i < 8; i++) {
+		struct nat_portset *set = &sets->set[*hand];
+		*hand = *hand + 1 == sets->n_sets ? 0 : *hand + 1;
+		if (!oldest || (int32_t)(set->touched - oldest->touched) < 0)
+			oldest = set;
+	}
+	return oldest;
+}
+
 static struct nat_portset *spare_set(struct nat_engine *e)
 {
 	struct nat_portsets *sets = &e->portsets;
 	if (sets->n_used < sets->n_sets)
 		return &sets->set[sets->n_used++];
-	struct nat_portset *oldest = NULL;
-	for (int i = 0; i < 8; i++) {
-		struct nat_portset *set = &sets->set[sets->hand];
-		sets->hand = sets->hand + 1 == sets->n_sets ? 0 : sets->hand + 1;
-		if (!oldest || (int32_t)(set->touched - oldest->touched) < 0)
-			oldest = set;
-	}
+	struct nat_portset *oldest = oldest_set(sets, &sets->hand);
 	unchain(e, oldest);
 	return oldest;
 }
@@ -111,6 +117,50 @@ static struct nat_portset *make_set(struct nat_engine *e, const struct nat_tuple
 	memset(set->known, 0, sizeof(set->known));
 	memset(set->full, 0, sizeof(set->full));
 	return set;
+}
+
+/* ---- sets of a trial ---- */
+
+/* A trial makes no set that others would find: it has one of its own, behind the others. It only notes which address would have got
+ * one, and whose set would have made room for it, because the packet's further draws depend on that. */
+static struct nat_portset *trial_set(struct nat_engine *e)
+{
+	struct nat_portset *set = &e->portsets.set[e->portsets.n_sets];
+	memset(set->known, 0, sizeof(set->known));
+	memset(set->full, 0, sizeof(set->full));
+	return set;
+}
+
+static struct nat_portset *make_trial_set(struct nat_engine *e, uint32_t address_be)
+{
+	struct nat_portsets *sets = &e->portsets;
+
+	if (sets->n_trial < NAT_TRIAL_SETS) {
+		struct nat_trial_set *note = &sets->trial[sets->n_trial++];
+		note->address_be = address_be;
+		note->instead_of = sets->n_used + sets->n_trial > sets->n_sets && e->trial == NAT_TRIAL_LIVE
+					   ? oldest_set(sets, &sets->trial_hand)
+					   : NULL;
+	}
+	return trial_set(e);
+}
+
+/* What the packet itself would find. */
+static struct nat_portset *find_trial_set(struct nat_engine *e, struct nat_portset *set, uint32_t address_be)
+{
+	for (uint32_t i = 0; i < e->portsets.n_trial; i++) {
+		if (e->portsets.trial[i].address_be == address_be)
+			return trial_set(e);
+		if (set && e->portsets.trial[i].instead_of == set)
+			set = NULL;
+	}
+	return set;
+}
+
+void nat_portsets_begin_trial(struct nat_engine *e)
+{
+	e->portsets.n_trial = 0;
+	e->portsets.trial_hand = e->portsets.hand;
 }
 
 /* ---- classes ---- */
@@ -308,22 +358,33 @@ uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t
 		       bool alike, uint16_t like_be, bool *tracked)
 {
 	const struct span all = {first, last};
-	struct nat_portset *set = find_set(e, outside->local_be, outside->remote_be, outside->remote_port_be,
-					   outside->protocol);
+	const struct nat_random random = e->random;
+	struct nat_portset *set = e->trial == NAT_TRIAL_CANDIDATE
+					  ? NULL
+					  : find_set(e, outside->local_be, outside->remote_be,
+						     outside->remote_port_be, outside->protocol);
 
+	if (e->trial != NAT_TRIAL_NONE)
+		set = find_trial_set(e, set, outside->local_be);
 	*tracked = false;
 	if (!set) {
 		uint16_t port_be = draw(e, outside, alike ? class_of(all, like_be) : all, alike, like_be);
 		if (port_be)
 			return port_be;
-		set = make_set(e, outside);
+		set = e->trial == NAT_TRIAL_NONE ? make_set(e, outside)
+						 : make_trial_set(e, outside->local_be);
 	}
 	*tracked = true;
 	uint16_t port_be = take_from_set(e, set, outside, all, alike, like_be);
-	if (port_be == 0 && e->wheel.done_s != e->now_s) {
+	if (port_be == 0 && e->wheel.done_s != e->now_s && e->trial != NAT_TRIAL_CANDIDATE) {
 		/* Never refuse while a port is free: sessions whose time is up may still hold some. Ending
 		 * them tells the set. */
 		nat_wheel_turn(e, UINT32_MAX);
+		if (e->trial != NAT_TRIAL_NONE) { /* the packet itself will find them ended */
+			e->random = random;
+			nat_portsets_begin_trial(e);
+			return nat_port_take(e, outside, first, last, alike, like_be, tracked);
+		}
 		port_be = take_from_set(e, set, outside, all, alike, like_be);
 	}
 	return port_be;

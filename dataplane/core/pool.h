@@ -37,11 +37,20 @@ struct nat_portset {
 	uint64_t taken[NAT_PORT_WORDS];      /* all 65536 ports, whatever part of them a pool uses */
 };
 
+/* A set that a trial would have made. */
+#define NAT_TRIAL_SETS 64u
+struct nat_trial_set {
+	uint32_t address_be;
+	const struct nat_portset *instead_of; /* NULL: there was room */
+};
+
 struct nat_portsets {
 	struct nat_portset *set;
 	uint32_t *bucket; /* heads of chains, number + 1 */
 	uint32_t n_sets, bucket_mask, n_used, hand;
 	uint32_t clock;
+	struct nat_trial_set trial[NAT_TRIAL_SETS];
+	uint32_t n_trial, trial_hand;
 };
 
 struct nat_engine;
@@ -51,6 +60,7 @@ struct nat_session;
 size_t nat_portsets_size(uint64_t max_sessions);
 void nat_portsets_init(struct nat_engine *e, void *mem, uint64_t max_sessions);
 void nat_portsets_forget(struct nat_engine *e);
+void nat_portsets_begin_trial(struct nat_engine *e); /* trial.c */
 
 /* A free port in first..last for the outside tuple (whose local port is ignored), in network order, or 0.
  * `tracked`: the new record must carry NAT_RECORD_TRACKED. With `alike` the port is even or odd as `like_be`

@@ -258,7 +258,7 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	*(volatile uint8_t *)&s->timer = want->timer;
 	if (owns_port(s))
 		nat_block_count(e, s, true);
-	if (NAT_UNLIKELY(e->log))
+	if (NAT_UNLIKELY(e->log) && e->trial == NAT_TRIAL_NONE)
 		nat_event_begins(e, s);
 	if (s->flags & NAT_RECORD_MAPPING)
 		return record;
@@ -271,8 +271,7 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	return record;
 }
 
-/* A session has left its mapping. The last one ends it, or puts it on hold. */
-static void leave_mapping(struct nat_engine *e, uint32_t mapping)
+void nat_session_leave(struct nat_engine *e, uint32_t mapping)
 {
 	struct nat_session *m = &e->record[mapping];
 
@@ -310,7 +309,7 @@ void nat_session_lapse(struct nat_engine *e, uint32_t mapping)
 	nat_wheel_take(e, mapping);
 	nat_host_remove(e, m->inside.local_be, m->out_addr_be);
 	m->references--;
-	leave_mapping(e, mapping);
+	nat_session_leave(e, mapping);
 }
 
 void nat_session_end(struct nat_engine *e, uint32_t record)
@@ -344,7 +343,7 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 		uint32_t mapping = nat_session_mapping(e, &gone);
 		NAT_ASSERT(mapping != NAT_NO_RECORD && e->record[mapping].references > 0);
 		e->record[mapping].references--;
-		leave_mapping(e, mapping);
+		nat_session_leave(e, mapping);
 	}
 }
 
@@ -356,6 +355,8 @@ uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, u
 
 	if (record == NAT_NO_RECORD || NAT_LIKELY(!nat_session_over(e, &e->record[record])))
 		return record;
+	if (e->trial == NAT_TRIAL_CANDIDATE)
+		return NAT_NO_RECORD;
 	if (e->record[record].flags & NAT_RECORD_ASKED) {
 		nat_session_lapse(e, record);
 		return nat_session_find(e, tuple, hash);
@@ -535,7 +536,7 @@ void nat_session_adopt(struct nat_engine *e)
 				else if (s->timer == NAT_TIMER_FREE)
 					give_back(e, record);
 				else if ((s->flags & NAT_RECORD_MAPPING) && s->timer != NAT_TIMER_HOLD)
-					leave_mapping(e, record);
+					nat_session_leave(e, record);
 			}
 		}
 }

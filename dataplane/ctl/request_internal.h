@@ -58,5 +58,6 @@ json_t *request_show_config(struct request_context *c);
 json_t *request_plan(struct request_context *c);
 json_t *request_clear(struct request_context *c);
 json_t *request_pcp(struct request_context *c);
+json_t *request_explain(struct request_context *c);
 
 #endif

@@ -152,25 +152,61 @@ def do_rfc(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def do_plan(arguments: argparse.Namespace) -> int:
+def text_of(file: str) -> str:
     from pathlib import Path
 
-    from dsnatctl import plan
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read ({error}); give a configuration file") from error
+
+
+def do_explain(arguments: argparse.Namespace) -> int:
+    from dsnatctl import explain
 
     try:
-        text = Path(arguments.file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{arguments.file} cannot be read ({error}); give a configuration file") from error
+        raw = explain.packet(
+            arguments.protocol,
+            arguments.source,
+            arguments.destination,
+            flags=arguments.flags,
+            size=arguments.size,
+            ttl=arguments.ttl,
+            whole=arguments.dont_fragment,
+        )
+    except explain.WrongPacket as error:
+        raise UsageError(str(error)) from error
+    request: Json = {"cmd": "explain", "if": arguments.interface, "pkt": raw.hex()}
+    if arguments.config:
+        request |= {"file": arguments.config, "text": text_of(arguments.config)}
+    with Engine(arguments.socket) as engine:
+        try:
+            answer = engine.ask(**request)
+        except Refused as refused:
+            return wrong_file(refused, as_json=arguments.json)
+    tell(answer, explain.lines, as_json=arguments.json)
+    return FAILED if answer["verdict"] == "drop" else 0
+
+
+def wrong_file(refused: Refused, *, as_json: bool) -> int:
+    """The candidate file has errors: all of them."""
+    if "problems" not in refused.answer:
+        raise refused
+    if as_json:
+        print(json.dumps(refused.answer))
+    sys.stderr.writelines(f"{line}\n" for line in show.problems(refused.answer))
+    return USAGE
+
+
+def do_plan(arguments: argparse.Namespace) -> int:
+    from dsnatctl import plan
+
+    text = text_of(arguments.file)
     with Engine(arguments.socket) as engine:
         try:
             answer = plan.ask(engine, arguments.file, text)
         except Refused as refused:
-            if "problems" not in refused.answer:
-                raise
-            if arguments.json:
-                print(json.dumps(refused.answer))
-            sys.stderr.writelines(f"{line}\n" for line in show.problems(refused.answer))
-            return USAGE
+            return wrong_file(refused, as_json=arguments.json)
     sys.stderr.writelines(f"{line}\n" for line in show.problems(answer))
     tell(answer, plan.lines, as_json=arguments.json)
     return 0
@@ -295,6 +331,16 @@ def parser() -> argparse.ArgumentParser:
     who.add_argument("outside", metavar="ADDRESS[:PORT]")
     plan = verb("plan", do_plan, "what a configuration file would change, and whose sessions")
     plan.add_argument("file", metavar="FILE")
+    explain = verb("explain", do_explain, "what the engine would do with a packet, step by step, and why")
+    explain.add_argument("interface", metavar="INTERFACE", help="where the packet comes in")
+    explain.add_argument("protocol", choices=("tcp", "udp", "icmp"))
+    explain.add_argument("source", metavar="ADDRESS:PORT", help="icmp: ADDRESS or ADDRESS:IDENTIFIER")
+    explain.add_argument("destination", metavar="ADDRESS:PORT")
+    explain.add_argument("--config", metavar="FILE", help="by this candidate file, with the live sessions")
+    explain.add_argument("--flags", default="S", help="TCP flags, letters of FSRPAU; default S")
+    explain.add_argument("--size", type=int, default=0, metavar="BYTES", help="length of the IPv4 packet")
+    explain.add_argument("--ttl", type=int, default=64, choices=range(256), metavar="N", help="default 64")
+    explain.add_argument("--dont-fragment", action="store_true", help="set DF")
     verb("rfc", do_rfc, "which clauses of the NAT RFCs the running settings give up")
     metrics = verb("metrics", do_metrics, "serve the engine's figures to Prometheus")
     metrics.add_argument("--listen", default=":9732", metavar="[ADDRESS]:PORT", help="default :9732")

@@ -19,6 +19,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "../../ctl/hex.h"
 #include "replay.h"
 
 #define LINE_BYTES_MAX (1u << 20)
@@ -35,48 +36,6 @@ static json_t *error_json(const char *format, ...)
 	va_end(args);
 	value = json_string(text); /* NULL when a cut left half a character */
 	return json_pack("{s:o}", "error", value ? value : json_string("the line cannot be read"));
-}
-
-/* ---- hexadecimal ---- */
-
-static int nibble(char c)
-{
-	if (c >= '0' && c <= '9')
-		return c - '0';
-	if (c >= 'a' && c <= 'f')
-		return c - 'a' + 10;
-	if (c >= 'A' && c <= 'F')
-		return c - 'A' + 10;
-	return -1;
-}
-
-static bool from_hex(const char *text, size_t length, uint8_t *bytes)
-{
-	for (size_t i = 0; i < length / 2; i++) {
-		int high = nibble(text[2 * i]), low = nibble(text[2 * i + 1]);
-
-		if (high < 0 || low < 0)
-			return false;
-		bytes[i] = (uint8_t)(high << 4 | low);
-	}
-	return length % 2 == 0;
-}
-
-static json_t *hex_json(const uint8_t *bytes, uint32_t len_bytes)
-{
-	static const char digits[] = "0123456789abcdef";
-	char *text = malloc((size_t)len_bytes * 2 + 1);
-	json_t *value;
-
-	if (!text)
-		abort();
-	for (uint32_t i = 0; i < len_bytes; i++) {
-		text[2 * i] = digits[bytes[i] >> 4];
-		text[2 * i + 1] = digits[bytes[i] & 15];
-	}
-	value = json_stringn_nocheck(text, (size_t)len_bytes * 2);
-	free(text);
-	return value;
 }
 
 /* ---- answers ---- */
@@ -197,7 +156,7 @@ static json_t *answer_packet(struct bench *bench, const json_t *line, uint64_t n
 	bytes = malloc(length / 2 + 1);
 	if (!bytes)
 		abort();
-	if (from_hex(json_string_value(pkt), length, bytes))
+	if (hex_read(json_string_value(pkt), length, bytes))
 		answer = outcome_json(bench,
 				      bench_packet(bench, now_ns, (uint8_t)iface, flags, worker, bytes,
 						   (uint32_t)(length / 2)),
