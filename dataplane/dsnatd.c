@@ -40,6 +40,7 @@
 #include <rte_version.h>
 
 #include "ctl/config.h"
+#include "ctl/export.h"
 #include "ctl/facts.h"
 #include "ctl/log.h"
 #include "ctl/pcp_server.h"
@@ -135,6 +136,7 @@ struct daemon {
 	int epoll_fd, signal_fd, tick_fd, announce_fd;
 	uint64_t started_ns, started_s, watchdog_us;
 	struct log log;
+	struct export *nat_log;
 	uint64_t rounds[NAT_WORKERS_MAX]; /* at the last tick: a worker that makes none hangs */
 	bool stop;
 };
@@ -362,6 +364,24 @@ static bool on_port_view(void *context, uint32_t i, struct request_port *view)
 	return d->queue && queue_view(d->queue, d->route, i - d->ports.n, view);
 }
 
+static bool on_collector(void *context, uint32_t i, struct request_collector *view)
+{
+	return export_collector(((struct daemon *)context)->nat_log, i, view);
+}
+
+static bool on_events(void *context, uint32_t worker, struct nat_event_counts *counts)
+{
+	return export_events(((struct daemon *)context)->nat_log, worker, counts);
+}
+
+static void follow_logging(struct daemon *d)
+{
+	char why[256];
+
+	if (!export_follow(d->nat_log, d->ops, why, sizeof why))
+		say(why);
+}
+
 /* The new plan holds for each worker from its next burst on. The old one is freed when all have passed. */
 static bool on_apply(void *context, struct config *next, char *why, size_t why_bytes)
 {
@@ -384,6 +404,7 @@ static bool on_apply(void *context, struct config *next, char *why, size_t why_b
 	retire(d, plan_free, old);
 	next_generation(d);
 	announce_again(d);
+	follow_logging(d);
 	return true;
 }
 
@@ -399,6 +420,8 @@ static struct request_ops request_ops(struct daemon *d)
 		.in_rings = on_rings,
 		.worker = on_worker_view,
 		.port = on_port_view,
+		.collector = on_collector,
+		.events = on_events,
 		.apply = on_apply,
 		.program = "dsnatd",
 	};
@@ -545,6 +568,7 @@ static void tick(struct daemon *d)
 		return;
 	watchdog(d);
 	log_drain(&d->log, d->ops, say_event, NULL);
+	export_tell(d->nat_log, say_event, NULL);
 	route_refresh(d->route);
 	if (d->eal)
 		twins_mend(&d->twins, say);
@@ -716,6 +740,7 @@ static enum status open_worker(struct daemon *d, uint32_t index, uint64_t seed)
 	w->thread.engine = nat_engine_init(d->engine_memory[index].base, &params);
 	if (!w->thread.engine)
 		return fail(NO_MEMORY, "an engine cannot be set up; lower engine.max_sessions");
+	nat_engine_log_to(w->thread.engine, export_ring(d->nat_log, index));
 	if (!d->eal)
 		return STOPPED;
 	if (worker_open(w, d->workers, d->n_workers, &d->ports, &d->twins, why, sizeof why))
@@ -772,6 +797,8 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	if (!(d->route = route_open(&routes, why, sizeof why)))
 		return fail(FAILED, why);
 	(void)pools_follow(d, d->plan);
+	if (!(d->nat_log = export_open(d->n_workers)) || !export_prepare(d->nat_log, d->plan->config))
+		return fail(NO_MEMORY, "no memory for the NAT log");
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		if ((status = open_worker(d, w, seed)))
 			return status;
@@ -792,6 +819,7 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	}
 	announce_again(d);
 	follow_port_control(d);
+	follow_logging(d);
 	return STOPPED;
 }
 
@@ -823,6 +851,7 @@ static void stop(struct daemon *d)
 	route_close(d->route);
 	d->generation = UINT64_MAX;
 	free_retired(d);
+	export_close(d->nat_log);
 	for (uint32_t w = 0; w < d->n_workers; w++) {
 		worker_close(&d->workers[w]);
 		thread_close(&d->workers[w].thread);

@@ -16,14 +16,15 @@
 
 #include "../core/nat.h"
 
-#define CONFIG_EXIT_INVALID  2 /* exit status of a program whose configuration is wrong */
-#define CONFIG_BYTES_MAX     (16u << 20)
-#define CONFIG_POOLS_MAX     4096u
-#define CONFIG_ZONES_MAX     65535u
-#define CONFIG_STATICS_MAX   4096u
-#define CONFIG_ADDRESSES_MAX (1u << 20) /* over all pools */
-#define CONFIG_SESSIONS_MAX  1000000000u
-#define CONFIG_PROBLEMS_MAX  200u /* the rest are counted only */
+#define CONFIG_EXIT_INVALID   2 /* exit status of a program whose configuration is wrong */
+#define CONFIG_BYTES_MAX      (16u << 20)
+#define CONFIG_POOLS_MAX      4096u
+#define CONFIG_ZONES_MAX      65535u
+#define CONFIG_STATICS_MAX    4096u
+#define CONFIG_ADDRESSES_MAX  (1u << 20) /* over all pools */
+#define CONFIG_SESSIONS_MAX   1000000000u
+#define CONFIG_COLLECTORS_MAX 8u
+#define CONFIG_PROBLEMS_MAX   200u /* the rest are counted only */
 
 /* An interface need not name its device: dsnat-replay has none. */
 #define CONFIG_WITHOUT_DEVICES 0x1u
@@ -34,8 +35,23 @@ struct config_problem {
 	char *text; /* "what; what to do" */
 };
 
+/* Where the life of mappings is told (config_logging.c, export.h). */
+enum config_log_protocol { CONFIG_LOG_IPFIX, CONFIG_LOG_SYSLOG };
+enum config_log_transport { CONFIG_LOG_UDP, CONFIG_LOG_TCP };
+
+struct config_collector {
+	enum config_log_protocol protocol;
+	enum config_log_transport transport;
+	uint32_t address; /* host order */
+	uint16_t port;
+	bool destinations; /* RFC 6888 REQ-12: off unless asked for */
+	bool *pools;       /* one per nat_config.pools; NULL: all */
+};
+
 struct config {
 	struct nat_config nat;
+	const struct config_collector *collectors;
+	uint32_t n_collectors;
 	char *path;                      /* as given to config_load() */
 	struct config_problem *problems; /* in the file's order */
 	uint32_t n_problems, n_errors, n_warnings;
@@ -66,5 +82,7 @@ const char *config_announce_word(enum nat_announce announce);
 const char *config_action_word(enum nat_action action);
 const char *config_midflow_word(enum nat_midflow midflow);
 const char *config_refusal_word(enum nat_refusal refusal);
+const char *config_log_protocol_word(enum config_log_protocol protocol);
+const char *config_log_transport_word(enum config_log_transport transport);
 
 #endif

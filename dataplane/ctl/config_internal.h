@@ -30,7 +30,8 @@ struct places {
 	bool interfaces_good; /* none of them has an error of its own */
 	struct pool_places *pool;
 	const struct node **zone;
-	const struct node **statics; /* one per nat_config.statics */
+	const struct node **statics;   /* one per nat_config.statics */
+	const struct node **collector; /* one per config.collectors */
 };
 
 /* Memory that lives as long as the configuration, zeroed. A failed small allocation aborts: a process in that
@@ -59,6 +60,9 @@ const struct node *config_tree(struct config *config, const char *text, size_t t
 
 /* config_keys.c: tree -> values and places, each key by itself. */
 void config_keys(struct config *config, const struct node *root, struct places *places, unsigned flags);
+
+/* config_logging.c: the section `logging`, when the pools are read. */
+void config_logging(struct config *config, const struct node *node, struct places *places);
 
 /* config_values.c: how a value is read. */
 #define CONFIG_KEYS_MAX      16

@@ -620,7 +620,8 @@ void config_keys(struct config *config, const struct node *root, struct places *
 		MIDFLOW,
 		REFUSAL,
 		OTHER,
-		CONTROL
+		CONTROL,
+		LOGGING
 	};
 	static const struct key keys[] = {
 		[PROFILE] = {"profile", false},       [ENGINE] = {"engine", false},
@@ -629,6 +630,7 @@ void config_keys(struct config *config, const struct node *root, struct places *
 		[LIMITS] = {"limits", false},         [TIMEOUTS] = {"timeouts", false},
 		[MIDFLOW] = {"tcp_midflow", false},   [REFUSAL] = {"refusal", false},
 		[OTHER] = {"other_protocols", false}, [CONTROL] = {"port_control", false},
+		[LOGGING] = {"logging", false},
 	};
 	static const char *const profiles[] = {"default", "dsnat"};
 	static const char *const other_words[] = {"drop", "pass"};
@@ -646,6 +648,7 @@ void config_keys(struct config *config, const struct node *root, struct places *
 	read_pools(config, value[POOLS], places, &pool);
 	read_zones(config, value[ZONES], places);
 	read_statics(config, value[STATIC], places);
+	config_logging(config, value[LOGGING], places);
 	read_limits(config, value[LIMITS]);
 	read_timeouts(config, value[TIMEOUTS]);
 	if (config_read_word(config, value[MIDFLOW], "tcp_midflow", midflow_words, COUNT(midflow_words),

@@ -253,6 +253,21 @@ static void own_addresses(struct config *config, const struct places *places, co
 	}
 }
 
+/* Our own records must not come back to us as packets for a session. */
+static void collectors(struct config *config, const struct places *places, const struct owned *list,
+		       uint32_t n)
+{
+	for (uint32_t i = 0; i < config->n_collectors; i++) {
+		const struct owned *owner = owner_of(list, n, config->collectors[i].address);
+
+		if (owner)
+			config_error(config, places->collector[i],
+				     "the collector %s is an address of pool %s; no collector can be there",
+				     config_shown_address(config, config->collectors[i].address),
+				     config_shown(config, config->nat.pools[owner->pool].name));
+	}
+}
+
 /* ---- zones ---- */
 
 /* A zone is shadowed when an earlier one has a source and a destination that both contain its own. Earlier
@@ -475,6 +490,7 @@ void config_rules(struct config *config, const struct places *places)
 	not_too_many(config, places);
 	drains(config, places, list, n);
 	own_addresses(config, places, list, n);
+	collectors(config, places, list, n);
 	shadowed_zones(config, places);
 	zones_and_pools(config, places, list, n);
 	statics(config, places, list, n);

@@ -11,6 +11,7 @@
 #ifndef REQUEST_H
 #define REQUEST_H
 
+#include "collector.h"
 #include "config.h"
 
 struct json_t;
@@ -36,6 +37,12 @@ struct request_port {
 	uint64_t twin_to_packets, twin_from_packets;
 };
 
+struct request_collector { /* of the NAT log */
+	char collector[32];
+	const char *protocol, *transport;
+	struct collector_view state;
+};
+
 struct request_ops {
 	void *context;
 	uint32_t n_workers;
@@ -56,6 +63,10 @@ struct request_ops {
 	/* May be NULL: the program has none. Return false past the end. */
 	bool (*worker)(void *context, uint32_t worker, struct request_worker *view);
 	bool (*port)(void *context, uint32_t i, struct request_port *view);
+
+	/* The NAT log. May be NULL: there is none. False: past the end; nothing is logged. */
+	bool (*collector)(void *context, uint32_t i, struct request_collector *view);
+	bool (*events)(void *context, uint32_t worker, struct nat_event_counts *counts);
 
 	/* Makes `next` (error-free, config_can_follow() is true) the running configuration and takes
 	 * ownership of it. On failure returns false with a sentence in `why`, changes nothing, and `next`

@@ -154,10 +154,33 @@ static json_t *timeouts_json(const struct nat_timeouts *t)
 			 seconds_json(t->icmp_s), "hold", seconds_json(t->hold_s));
 }
 
-static json_t *config_json(const struct nat_config *nat)
+static json_t *collector_json(const struct nat_config *nat, const struct config_collector *c)
 {
+	const uint32_t address_be = htonl(c->address);
+	char address[INET_ADDRSTRLEN], endpoint[INET_ADDRSTRLEN + 8];
+	json_t *one, *pools;
+
+	inet_ntop(AF_INET, &address_be, address, sizeof(address));
+	snprintf(endpoint, sizeof(endpoint), "%s:%u", address, c->port);
+	one = json_pack("{s:s, s:s, s:s, s:s}", "collector", endpoint, "protocol",
+			config_log_protocol_word(c->protocol), "transport",
+			config_log_transport_word(c->transport), "destinations",
+			c->destinations ? "on" : "off");
+	if (!c->pools)
+		return one;
+	pools = json_array();
+	for (uint32_t i = 0; i < nat->n_pools; i++)
+		if (c->pools[i])
+			json_array_append_new(pools, json_string(nat->pools[i].name));
+	json_object_set_new(one, "pools", pools);
+	return one;
+}
+
+static json_t *config_json(const struct config *config)
+{
+	const struct nat_config *nat = &config->nat;
 	json_t *interfaces = json_array(), *pools = json_array(), *zones = json_array(),
-	       *statics = json_array();
+	       *statics = json_array(), *logging = json_array();
 
 	for (uint32_t i = 0; i < nat->n_interfaces; i++)
 		json_array_append_new(interfaces, interface_json(&nat->interfaces[i]));
@@ -167,11 +190,14 @@ static json_t *config_json(const struct nat_config *nat)
 		json_array_append_new(zones, zone_json(nat, &nat->zones[i]));
 	for (uint32_t i = 0; i < nat->n_statics; i++)
 		json_array_append_new(statics, static_json(&nat->statics[i]));
+	for (uint32_t i = 0; i < config->n_collectors; i++)
+		json_array_append_new(logging, collector_json(nat, &config->collectors[i]));
 	return json_pack(
-		"{s:{s:o, s:o}, s:o, s:o, s:o, s:o, s:{s:o, s:o, s:o, s:o, s:o}, s:o, s:s, s:s, s:s, s:s}",
+		"{s:{s:o, s:o}, s:o, s:o, s:o, s:o, s:o, s:{s:o, s:o, s:o, s:o, s:o}, s:o, s:s, s:s, s:s, "
+		"s:s}",
 		"engine", "workers", nat->workers ? request_number(nat->workers) : json_string("auto"),
 		"max_sessions", request_number(nat->max_sessions), "interfaces", interfaces, "pools", pools,
-		"zones", zones, "static", statics, "limits", "sessions_per_host",
+		"zones", zones, "static", statics, "logging", logging, "limits", "sessions_per_host",
 		request_number(nat->limits.sessions_per_host), "new_per_host_per_s",
 		request_number(nat->limits.new_per_host_per_s), "icmp_errors_per_s",
 		request_number(nat->limits.icmp_errors_per_s), "held_ports",
@@ -189,7 +215,7 @@ json_t *request_show_config(struct request_context *c)
 
 	if (!request_only_keys(c, keys, COUNT(keys)))
 		return NULL;
-	return json_pack("{s:s, s:o}", "file", config->path, "config", config_json(&config->nat));
+	return json_pack("{s:s, s:o}", "file", config->path, "config", config_json(config));
 }
 
 /* ---- plan: sessions that would lose their address ---- */
@@ -333,8 +359,8 @@ json_t *request_plan(struct request_context *c)
 				json_boolean(!config_can_follow(running, next, why, sizeof(why))));
 			json_object_set_new(answer, "why_restart", json_string(why));
 			json_object_set_new(answer, "problems", request_problems_json(next));
-			json_object_set_new(answer, "running", config_json(&running->nat));
-			json_object_set_new(answer, "candidate", config_json(&next->nat));
+			json_object_set_new(answer, "running", config_json(running));
+			json_object_set_new(answer, "candidate", config_json(next));
 		}
 		free(fate->kept);
 		free(fate->drained);

@@ -47,6 +47,9 @@ const char *request_protocol_name(uint8_t protocol);
 json_t *request_refuse_file(struct request_context *c, const struct config *config);
 json_t *request_problems_json(const struct config *config);
 
+/* What workers and collectors of the NAT log have done. */
+json_t *request_log_json(const struct request_ops *ops);
+
 /* The handlers. */
 json_t *request_show_sessions(struct request_context *c);
 json_t *request_show_counters(struct request_context *c);

@@ -173,8 +173,8 @@ json_t *request_show_counters(struct request_context *c)
 	    !request_sum_counters(c, &sum, &equation))
 		return NULL;
 	equation = equation && handover_holds(c, &sum);
-	answer = json_pack("{s:o, s:o, s:b}", "counters", counters_json(&sum), "dropped", dropped_json(&sum),
-			   "equation", equation);
+	answer = json_pack("{s:o, s:o, s:b, s:o}", "counters", counters_json(&sum), "dropped",
+			   dropped_json(&sum), "equation", equation, "nat_log", request_log_json(c->ops));
 	if (explain)
 		json_object_set_new(answer, "meanings", reasons_json());
 	return answer;

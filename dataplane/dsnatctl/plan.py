@@ -43,6 +43,7 @@ def differences(running: Json, candidate: Json) -> Iterator[str]:
     yield from _named("pool", running["pools"], candidate["pools"])
     yield from _ordered("zone", running["zones"], candidate["zones"])
     yield from _ordered("static", running["static"], candidate["static"])
+    yield from _ordered("collector", running["logging"], candidate["logging"])
 
 
 def _named(what: str, old: list[Json], new: list[Json]) -> Iterator[str]:

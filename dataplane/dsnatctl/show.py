@@ -128,6 +128,40 @@ def counters(answer: Json) -> Iterator[str]:
             yield "dropped because" if verdict == "drop" else "passed because"
             yield from _columns([(f"  {name}", count, text) for name, count, text in rows])
 
+    yield from _nat_log(answer.get("nat_log", {"workers": [], "collectors": []}))
+
+
+def _nat_log(log: Json) -> Iterator[str]:
+    """What was told to collectors, and what was not: never silent."""
+    lost = [
+        (f"  {kind}", count, f"worker {w['worker']}: the log thread was too slow, give it a core")
+        for w in log["workers"]
+        for kind, count in w["lost"].items()
+        if count
+    ]
+    if lost:
+        yield ""
+        yield "events lost before the NAT log"
+        yield from _columns(lost)
+    if not log["collectors"]:
+        return
+    rows = [
+        (
+            c["collector"],
+            f"{c['protocol']}/{c['transport']}",
+            "up" if c["up"] else c["why"] or "not yet",
+            c["records_sent"],
+            c["records_queued"],
+            c["records_lost"],
+            c["records_refused"],
+            c["stalls"],
+        )
+        for c in log["collectors"]
+    ]
+    yield ""
+    head = ("NAT log to", "by", "state", "records sent", "queued", "lost", "refused", "stalls")
+    yield from table(head, rows, left=3)
+
 
 def _sentence(reason: Json) -> str:
     return f"{reason['meaning']}; {reason['advice']}" if reason["advice"] else str(reason["meaning"])

@@ -214,7 +214,40 @@ def test_every_error_is_told_at_once_and_in_order(check: Check) -> None:
         (
             GOOD + "more: 1\n",
             '18:1: unknown key "more" in the file; its keys are profile, engine, interfaces, pools, '
-            "zones, static, limits, timeouts, tcp_midflow, refusal, other_protocols and port_control",
+            "zones, static, limits, timeouts, tcp_midflow, refusal, other_protocols, port_control "
+            "and logging",
+        ),
+        (
+            GOOD + "logging: [{protocol: ipfx, collector: 192.0.2.10}]\n",
+            '18:22: "protocol" is "ipfx"; did you mean ipfix',
+        ),
+        (
+            GOOD + "logging: [{protocol: ipfix, collector: 192.0.2.10:x}]\n",
+            '18:40: "collector" is "192.0.2.10:x"; write an IPv4 address and a port, '
+            'such as "192.0.2.10:4739"',
+        ),
+        (
+            GOOD + "logging: [{protocol: ipfix, collector: 224.0.0.9}]\n",
+            '18:40: "collector" is a multicast address; nothing can be sent to one host there',
+        ),
+        (
+            GOOD + "logging: [{protocol: syslog, collector: 192.0.2.10, pools: [laddr_g2]}]\n",
+            '18:61: there is no pool "laddr_g2"; did you mean "laddr_g1"?',
+        ),
+        (
+            GOOD + "logging: [{protocol: syslog, collector: 203.0.113.1}]\n",
+            '18:11: the collector 203.0.113.1 is an address of pool "laddr_g1"; no collector can be there',
+        ),
+        (
+            GOOD + "logging:\n" + "  - {protocol: syslog, collector: 192.0.2.10, destinations: on}\n" * 2,
+            "20:5: this collector is there twice, and would get each record twice; keep one, "
+            "with the pools of both",
+        ),
+        (
+            GOOD + "logging: [{protocol: ipfix, collector: 192.0.2.10}]\n",
+            '18:11: warning: pool "laddr_g1" is endpoint-dependent: hosts share its ports at the same time, '
+            "and only the destination tells them apart; set destinations: on, or give the pool block_ports "
+            "or mapping: endpoint-independent",
         ),
     ],
 )
@@ -313,6 +346,7 @@ def test_the_readme_documents_every_key_and_no_other(check: Check) -> None:
         "pools[].": f"pools: [{{{unknown}}}]\n",
         "zones[].": f"zones: [{{{unknown}}}]\n",
         "static[].": f"static: [{{{unknown}}}]\n",
+        "logging[].": f"logging: [{{{unknown}}}]\n",
         "limits.": f"limits: {{{unknown}}}\n",
         "timeouts.": f"timeouts: {{{unknown}}}\n",
     }

@@ -379,6 +379,9 @@ tcp_midflow: reset
 refusal: icmp-host
 other_protocols: pass
 port_control: on
+logging:
+  - {protocol: syslog, transport: tcp, collector: 192.0.2.10, pools: [b, c], destinations: on}
+  - {protocol: ipfix, collector: "192.0.2.10:4740"}
 """
 
 

@@ -46,6 +46,7 @@ struct bench {
 	struct outcome outcome;
 	struct request_ops ops;
 	struct log log;
+	struct export_file *nat_log; /* NULL: none */
 };
 
 static bool take_memory(struct memory *memory, size_t size)
@@ -178,6 +179,8 @@ static const struct outcome *end(struct bench *bench, uint8_t verdict, uint8_t r
 					  .n_out = bench->out.n,
 					  .dropped = bench->dropped.one,
 					  .n_dropped = bench->dropped.n};
+	if (bench->nat_log)
+		export_file_run(bench->nat_log, bench->config, bench->policy);
 	return &bench->outcome;
 }
 
@@ -331,6 +334,27 @@ struct log *bench_log(struct bench *bench)
 const struct request_ops *bench_ops(const struct bench *bench)
 {
 	return &bench->ops;
+}
+
+bool bench_log_to(struct bench *bench, FILE *to)
+{
+	bench->nat_log = export_file_open(bench->config, bench->n_workers, to);
+	for (uint32_t worker = 0; bench->nat_log && worker < bench->n_workers; worker++)
+		nat_engine_log_to(bench->engine[worker], export_file_ring(bench->nat_log, worker));
+	return bench->nat_log != NULL;
+}
+
+bool bench_log_end(struct bench *bench)
+{
+	struct export_file *nat_log = bench->nat_log;
+
+	if (!nat_log)
+		return true;
+	export_file_run(nat_log, bench->config, bench->policy);
+	bench->nat_log = NULL;
+	for (uint32_t worker = 0; worker < bench->n_workers; worker++)
+		nat_engine_log_to(bench->engine[worker], NULL);
+	return export_file_close(nat_log);
 }
 
 void bench_follow_addresses(struct bench *bench)

@@ -16,6 +16,7 @@
  * Exit status: 0 done, 1 failed (a file cannot be read or written, or the accounting equation is broken),
  * 2 wrong usage or configuration.
  */
+#include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -41,6 +42,7 @@ static const char usage[] =
 	"  --write IFACE=FILE    packets that leave by it (raw IP, nanoseconds)\n"
 	"  --route PREFIX=WHERE  WHERE is an interface, \"none\" or \"prohibit\"; the longest prefix wins\n"
 	"  --address IFACE=ADDR  an address of the gateway itself\n"
+	"  --log FILE            write the NAT log there: what the first collector under logging would get\n"
 	"  --check FILE          judge a configuration as dsnatd would, and end\n"
 	"  --version             print the version, and end\n";
 
@@ -54,6 +56,7 @@ enum {
 	OPT_WRITE,
 	OPT_ROUTE,
 	OPT_ADDRESS,
+	OPT_LOG,
 	OPT_CHECK,
 	OPT_VERSION,
 	OPT_HELP
@@ -69,6 +72,7 @@ static const struct option options[] = {
 	{"write", required_argument, NULL, OPT_WRITE},
 	{"route", required_argument, NULL, OPT_ROUTE},
 	{"address", required_argument, NULL, OPT_ADDRESS},
+	{"log", required_argument, NULL, OPT_LOG},
 	{"check", required_argument, NULL, OPT_CHECK},
 	{"version", no_argument, NULL, OPT_VERSION},
 	{"help", no_argument, NULL, OPT_HELP},
@@ -81,7 +85,7 @@ struct arguments {
 	uint64_t seed;
 	uint32_t workers;
 	bool stdio;
-	const char *socket;
+	const char *socket, *log;
 	const char **read, **write, **route, **address; /* argc long each */
 	int n_read, n_write, n_route, n_address;
 };
@@ -151,6 +155,9 @@ static int parse(int argc, char **argv, struct arguments *a)
 		case OPT_ADDRESS:
 			a->address[a->n_address++] = optarg;
 			break;
+		case OPT_LOG:
+			a->log = optarg;
+			break;
 		case OPT_CHECK:
 			return check(optarg);
 		case OPT_VERSION:
@@ -195,9 +202,25 @@ static int run_lines(const struct arguments *a, struct bench *bench)
 	return status;
 }
 
+static FILE *open_log(const struct arguments *a, struct bench *bench)
+{
+	FILE *to = fopen(a->log, "w");
+
+	if (!to) {
+		fprintf(stderr, "dsnat-replay: %s cannot be written: %s\n", a->log, strerror(errno));
+		return NULL;
+	}
+	if (bench_log_to(bench, to))
+		return to;
+	fputs("dsnat-replay: --log needs a collector; add one under logging\n", stderr);
+	fclose(to);
+	return NULL;
+}
+
 static int run(const struct arguments *a, struct config *config)
 {
 	struct bench *bench = bench_open(config, a->seed, a->workers);
+	FILE *nat_log = NULL;
 	int status = 0;
 
 	if (!bench) {
@@ -215,10 +238,16 @@ static int run(const struct arguments *a, struct config *config)
 	for (int i = 0; i < a->n_address && !status; i++)
 		if (!world_add_address(bench_world(bench), a->address[i]))
 			status = fail_usage("--address takes IFACE=ADDRESS", a->address[i]);
+	if (!status && a->log && !(nat_log = open_log(a, bench)))
+		status = CONFIG_EXIT_INVALID;
 	if (!status) {
 		bench_follow_addresses(bench);
 		status = a->stdio ? run_lines(a, bench)
 				  : capture_run(bench, a->read, a->n_read, a->write, a->n_write, stdout);
+	}
+	if (nat_log && (!bench_log_end(bench) || fclose(nat_log))) {
+		fprintf(stderr, "dsnat-replay: the NAT log in %s is not complete\n", a->log);
+		status = 1;
 	}
 	bench_close(bench);
 	return status;

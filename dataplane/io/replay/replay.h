@@ -6,6 +6,7 @@
 
 #include "../../core/nat.h"
 #include "../../ctl/config.h"
+#include "../../ctl/export.h"
 #include "../../ctl/log.h"
 #include "../../ctl/request.h"
 #include "../../ctl/socket.h"
@@ -71,6 +72,11 @@ const struct nat_config *bench_config(const struct bench *bench);
 uint64_t bench_now_ns(const struct bench *bench);
 const struct request_ops *bench_ops(const struct bench *bench);
 struct log *bench_log(struct bench *bench);
+
+/* What the first collector of the configuration would get, into a file. False: the configuration has none. */
+bool bench_log_to(struct bench *bench, FILE *to);
+/* Writes the rest; false: it could not, or something was lost. */
+bool bench_log_end(struct bench *bench);
 
 /* Pools with `active_while` are active when the gateway has that address. */
 void bench_follow_addresses(struct bench *bench);
