@@ -374,7 +374,7 @@ void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
 void nat_host_fetch(const struct nat_engine *e, uint32_t address_be);
 void nat_host_remove(struct nat_engine *e, uint32_t address_be, uint32_t paired_be);
 
-/* The public address that this host's next session should use, 0 if it has no session. */
+/* The public address that this host's next session should use, 0 if it has none. */
 uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be);
 
 /* A host's record as it is, and put back as it was (NULL: there was none). False: there is none. */

@@ -1,9 +1,10 @@
 /* Inside hosts: how many sessions each has, how fast it opens them, which public address it is paired with.
  *
  * A host is in the table while it has sessions (or an unfilled bucket of tokens), found by its address with
- * linear probing; removal shifts followers back, so there are no tombstones. Only the opening and the end of
- * a session come here. When the table is full a new host is not followed: it is served without a limit rather
- * than refused.
+ * linear probing; removal shifts followers back, so there are no tombstones. A host of a paired pool stays
+ * while half of the table is free, so that it finds its address again (RFC 4787 REQ-2), also when the pool has
+ * changed meanwhile. Only the opening and the end of a session come here. When the table is full a new host is
+ * not followed: it is served without a limit rather than refused.
  */
 #include "engine.h"
 
@@ -37,15 +38,21 @@ static bool is_stale(const struct nat_engine *e, const struct nat_host *host)
 	return host->sessions == 0 && host->tokens_s != e->now_s;
 }
 
+static bool is_crowded(const struct nat_engine *e)
+{
+	return e->hosts.used > e->hosts.n_slots / 2;
+}
+
 static struct nat_host *find_or_add(struct nat_engine *e, uint32_t address_be)
 {
 	struct nat_host *host = find(e, address_be);
 	if (host)
 		return host;
-	/* A stale entry on the way may be written over: the slot stays in use, so no other host's search is
-	 * cut short. */
+	/* Where it is crowded a stale entry on the way is written over: the slot stays in use, so no other
+	 * host's search is cut short. */
+	const bool crowded = is_crowded(e);
 	uint32_t slot = home(e, address_be);
-	while (e->hosts.slot[slot].address_be != 0 && !is_stale(e, &e->hosts.slot[slot]))
+	while (e->hosts.slot[slot].address_be != 0 && !(crowded && is_stale(e, &e->hosts.slot[slot])))
 		slot = next_slot(e, slot);
 	if (e->hosts.slot[slot].address_be == 0) {
 		if (e->hosts.used >= e->hosts.n_slots - e->hosts.n_slots / 8)
@@ -121,7 +128,9 @@ void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
 	struct nat_host *host = find_or_add(e, address_be);
 	if (!host)
 		return;
-	if (host->sessions++ == 0 || host->at_paired == 0) {
+	if (host->sessions++ == 0)
+		host->at_paired = host->elsewhere_be = host->at_elsewhere = 0;
+	if (host->at_paired == 0) {
 		host->paired_be = paired_be;
 		host->at_paired = 1;
 		return;
@@ -139,14 +148,24 @@ void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
 		move(host);
 }
 
+/* An idle host of a paired pool is remembered while there is room. */
+static bool is_remembered(const struct nat_engine *e, const struct nat_host *host)
+{
+	const uint32_t address = nat_policy_address(e->policy, host->paired_be);
+
+	return !is_crowded(e) && address != UINT32_MAX &&
+	       e->policy->pool[e->policy->address[address].pool].select == NAT_SELECT_PAIRED;
+}
+
 void nat_host_remove(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
 {
 	struct nat_host *host = find(e, address_be);
 	if (!host || host->sessions == 0)
 		return;
-	if (--host->sessions == 0 &&
-	    (host->tokens_s != e->now_s || e->policy->limits.new_per_host_per_s == 0)) {
-		remove_slot(e, (uint32_t)(host - e->hosts.slot));
+	if (--host->sessions == 0) {
+		if ((host->tokens_s != e->now_s || e->policy->limits.new_per_host_per_s == 0) &&
+		    !is_remembered(e, host))
+			remove_slot(e, (uint32_t)(host - e->hosts.slot));
 		return;
 	}
 	host->at_paired -= host->paired_be == paired_be && host->at_paired != 0;
@@ -180,5 +199,5 @@ void nat_host_restore(struct nat_engine *e, uint32_t address_be, const struct na
 uint32_t nat_host_paired(const struct nat_engine *e, uint32_t address_be)
 {
 	const struct nat_host *host = find(e, address_be);
-	return host && host->sessions > 0 ? host->paired_be : 0;
+	return host ? host->paired_be : 0;
 }

@@ -44,12 +44,17 @@ def test_rfc4787_req2_a_paired_host_keeps_one_public_address(bench: Start, mappi
     assert len({answer.packet.source_address for answer in hosts}) > 8, "hosts share the pool"
 
 
-def test_rfc4787_req2_a_pool_that_grows_does_not_move_a_host(bench: Start) -> None:
+@pytest.mark.parametrize("idle_s", [0, 4000])
+def test_rfc4787_req2_a_pool_that_grows_does_not_move_a_host(bench: Start, idle_s: int) -> None:
+    """Also one that has no session left."""
     replay = bench(configuration(EIM))
     hosts = [f"100.64.0.{n}" for n in range(1, 101)]
     before = {
         host: replay.send(udp(f"{host}:4000 > 198.51.100.1:80")).packet.source_address for host in hosts
     }
+    for _ in range(2):  # the second one finds the sessions ended
+        replay.wait(idle_s)
+    assert len(replay.sessions()) == (0 if idle_s else len(hosts))
     replay.config.write_text(
         configuration(EIM, addresses="198.18.0.1, 203.0.113.1-203.0.113.4, 203.0.113.99")
     )
