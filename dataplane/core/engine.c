@@ -156,7 +156,7 @@ _Static_assert((sizeof(struct nat_session) + sizeof(uint32_t)) * 1000 +
 	       "a session costs at most 91 bytes");
 
 struct layout {
-	size_t buckets, free_records, portsets, hosts, frags, total;
+	size_t buckets, free_records, portsets, hosts, frags, replicas, total;
 	uint32_t n_buckets, n_free_records, n_hosts;
 };
 
@@ -178,7 +178,10 @@ static struct layout lay_out(const struct nat_engine_params *params)
 	l.portsets = l.free_records + lines(l.n_free_records * sizeof(uint32_t));
 	l.hosts = l.portsets + lines(nat_portsets_size(params->max_sessions));
 	l.frags = l.hosts + lines(l.n_hosts * sizeof(struct nat_host));
-	l.total = l.frags + lines(nat_frags_size(params->policy));
+	l.replicas = l.frags + lines(nat_frags_size(params->policy));
+	l.total = l.replicas;
+	if (params->replicate)
+		l.total += lines(nat_replicas_size(params->table->n_records));
 	return l;
 }
 
@@ -231,6 +234,8 @@ struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *pa
 	e->hosts.slot = (struct nat_host *)(void *)((uint8_t *)mem + l.hosts);
 	e->hosts.n_slots = l.n_hosts;
 	nat_frags_init(e, (uint8_t *)mem + l.frags);
+	if (params->replicate)
+		nat_replicas_init(e, (uint8_t *)mem + l.replicas, params->table->n_records);
 	nat_wheel_init(e);
 	e->notes = &params->policy->notes[params->worker];
 	nat_table_bind(e->table, e->policy);

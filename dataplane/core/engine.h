@@ -112,6 +112,29 @@ struct nat_events {
 /* Is this a real packet, or one that trial.c sends through? */
 enum nat_trial_mode { NAT_TRIAL_NONE, NAT_TRIAL_LIVE, NAT_TRIAL_CANDIDATE };
 
+/* What a peer is told: see replica.h. Bits per record of the table; a summary has one per word. */
+#define NAT_REPLICA_YOUNG   (1u << 18) /* sessions held back at once; one more is told early */
+#define NAT_REPLICA_NAMES   64u
+#define NAT_REPLICA_GRACE_S 60u
+struct nat_replica_young {
+	uint32_t record, since_ms;
+};
+struct nat_replica_name {
+	uint32_t key;
+	uint16_t id;
+};
+struct nat_replicas {
+	uint32_t n_words, n_records; /* 0: there is no peer */
+	uint32_t hold_back_ms;
+	uint64_t *dirty[2], *summary[2]; /* to be told: established sessions, the rest */
+	uint64_t *known;
+	uint32_t hand[2];
+	struct nat_replica_young *young;
+	uint32_t first_young, n_young;
+	_Atomic uint64_t waiting;
+	struct nat_replica_name pool[NAT_REPLICA_NAMES], zone[NAT_REPLICA_NAMES]; /* found last */
+};
+
 struct nat_engine {
 	struct nat_policy *policy;
 	struct nat_worker_notes *notes;
@@ -136,6 +159,7 @@ struct nat_engine {
 	struct nat_wheel wheel;
 	struct nat_outbox outbox;
 	struct nat_events events;
+	struct nat_replicas replicas;
 	struct nat_event_ring *log; /* NULL: nothing is logged */
 	enum nat_trial_mode trial;
 };
@@ -266,8 +290,12 @@ static inline void nat_session_fetch_record(const struct nat_engine *e, struct n
 
 static inline uint32_t nat_session_deadline(const struct nat_engine *e, const struct nat_session *s)
 {
-	if (NAT_UNLIKELY(s->flags & NAT_RECORD_ASKED))
-		return s->asked_until_s;
+	_Static_assert((int)NAT_RECORD_ASKED == (int)NAT_STATE_FOREIGN, "asked in one test");
+	if (NAT_UNLIKELY((s->flags | s->state) & NAT_RECORD_ASKED)) {
+		if (s->flags & NAT_RECORD_ASKED)
+			return s->asked_until_s;
+		return s->last_seen_s + e->timeout_s[s->timer] + 1 + NAT_REPLICA_GRACE_S;
+	}
 	return s->last_seen_s + e->timeout_s[s->timer] + 1;
 }
 
@@ -444,5 +472,16 @@ void nat_engine_set_timeouts(struct nat_engine *e);
 uint8_t *nat_outbox_buffer(struct nat_engine *e);
 void nat_outbox_put(struct nat_engine *e, const struct nat_pkt *pkt);
 bool nat_outbox_has_room(const struct nat_engine *e);
+
+/* ---- a peer (replica.c): what is to be told; only with e->replicas.n_words ---- */
+
+size_t nat_replicas_size(uint64_t n_records);
+void nat_replicas_init(struct nat_engine *e, void *mem, uint64_t n_records);
+void nat_replica_begins(struct nat_engine *e, uint32_t record);
+void nat_replica_changes(struct nat_engine *e, uint32_t record);
+void nat_replica_ends(struct nat_engine *e, uint32_t record);
+
+/* A packet of a session of the peer's has come by here: it is ours. */
+void nat_replica_take_over(struct nat_engine *e, uint32_t record);
 
 #endif

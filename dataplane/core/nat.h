@@ -271,6 +271,7 @@ struct nat_engine_params {
 	uint64_t seed;         /* ports and hashes: same seed, same input, same output */
 	uint64_t now_ns;
 	uint32_t worker, n_workers;
+	bool replicate; /* there is a peer to tell: see replica.h */
 };
 
 size_t nat_engine_size(const struct nat_engine_params *params);

@@ -390,6 +390,20 @@ uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t
 	return port_be;
 }
 
+bool nat_port_claim(struct nat_engine *e, const struct nat_tuple *outside)
+{
+	struct nat_portset *set = find_set(e, outside->local_be, outside->remote_be, outside->remote_port_be,
+					   outside->protocol);
+	const uint32_t port = NAT_NTOH16(outside->local_port_be);
+
+	if (!set || !has_bit(set->known, port / 64))
+		return false;
+	set_bit(set->taken, port);
+	if (set->taken[port / 64] == UINT64_MAX)
+		set_bit(set->full, port / 64);
+	return true;
+}
+
 void nat_port_release(struct nat_engine *e, const struct nat_session *s)
 {
 	const bool mapping = (s->flags & NAT_RECORD_MAPPING) != 0;

@@ -74,6 +74,9 @@ uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t
 uint16_t nat_port_forecast(const struct nat_engine *e, uint32_t ahead, uint16_t first, uint16_t last,
 			   bool alike, uint16_t like_be);
 
+/* This port is taken, by somebody who has not asked: a session that comes from a peer. True: tracked, as above. */
+bool nat_port_claim(struct nat_engine *e, const struct nat_tuple *outside);
+
 /* The record's port is free again; for records with NAT_RECORD_TRACKED. */
 void nat_port_release(struct nat_engine *e, const struct nat_session *s);
 

@@ -258,10 +258,12 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	*(volatile uint8_t *)&s->timer = want->timer;
 	if (owns_port(s))
 		nat_block_count(e, s, true);
-	if (NAT_UNLIKELY(e->log) && e->trial == NAT_TRIAL_NONE)
+	if (NAT_UNLIKELY(e->log) && e->trial == NAT_TRIAL_NONE && !(s->state & NAT_STATE_FOREIGN))
 		nat_event_begins(e, s);
 	if (s->flags & NAT_RECORD_MAPPING)
 		return record;
+	if (NAT_UNLIKELY(e->replicas.n_words))
+		nat_replica_begins(e, record);
 	nat_wheel_hang(e, record);
 	count_session(e, s, 1);
 	e->counters.sessions_created++;
@@ -329,12 +331,14 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 	e->records_left++;
 	if (gone.flags & NAT_RECORD_TRACKED)
 		nat_port_release(e, &gone);
-	if (NAT_UNLIKELY(e->log) && (gone.flags & NAT_RECORD_LOGGED))
+	if (NAT_UNLIKELY(e->log) && (gone.flags & NAT_RECORD_LOGGED) && !(gone.state & NAT_STATE_FOREIGN))
 		nat_event_ends(e, &gone);
 	if (owns_port(&gone))
 		nat_block_count(e, &gone, false);
 	if (gone.flags & NAT_RECORD_MAPPING)
 		return;
+	if (NAT_UNLIKELY(e->replicas.n_words))
+		nat_replica_ends(e, record);
 	count_session(e, &gone, -1);
 	nat_host_remove(e, gone.inside.local_be, gone.out_addr_be);
 	if (gone.flags & NAT_RECORD_PERMITS)
@@ -434,8 +438,11 @@ void nat_session_touch(struct nat_engine *e, struct nat_pkt *pkt)
 
 	/* RFC 7857 section 7.1: neither a packet from outside nor what the inside answers with (a RST, an
 	 * ICMP error) keeps a mapping. */
-	if (NAT_UNLIKELY(s->flags & NAT_RECORD_MAPPING))
-		return;
+	if (NAT_UNLIKELY((s->flags & NAT_RECORD_MAPPING) | (s->state & NAT_STATE_FOREIGN))) {
+		if (s->flags & NAT_RECORD_MAPPING)
+			return;
+		nat_replica_take_over(e, pkt->session);
+	}
 	if (inbound)
 		s->bytes_in += pkt->total_bytes;
 	else
@@ -450,9 +457,13 @@ void nat_session_touch(struct nat_engine *e, struct nat_pkt *pkt)
 		if (NAT_UNLIKELY(state != s->state)) {
 			s->state = state;
 			nat_session_set_timer(e, pkt->session, nat_tcp_timer(state));
+			if (NAT_UNLIKELY(e->replicas.n_words))
+				nat_replica_changes(e, pkt->session);
 		}
 	} else if (NAT_UNLIKELY(inbound && s->timer == NAT_TIMER_UDP_ONE_WAY)) {
 		nat_session_set_timer(e, pkt->session, NAT_TIMER_UDP);
+		if (NAT_UNLIKELY(e->replicas.n_words))
+			nat_replica_changes(e, pkt->session);
 	}
 }
 

@@ -73,6 +73,9 @@ enum {
 	NAT_TCP_SAW_RST = 0x10,
 };
 
+/* nat_session.state of a session, any protocol: it is the peer's, told by it; no packet of it has come by here (replica.h) */
+enum { NAT_STATE_FOREIGN = 0x80 };
+
 /* nat_session.state of a mapping: its host has asked for anybody to be let in, whatever the pool filters */
 enum { NAT_MAPPING_OPEN = 1 };
 

@@ -90,7 +90,8 @@ static inline bool testbed_start(struct testbed *t, uint64_t now_ns)
 					       .max_sessions = t->config.max_sessions,
 					       .seed = 1,
 					       .now_ns = now_ns,
-					       .n_workers = 1};
+					       .n_workers = 1,
+					       .replicate = t->params.replicate};
 	t->engine = testbed_memory(nat_engine_size(&t->params));
 	t->e = nat_engine_init(t->engine, &t->params);
 	return adopted;
