@@ -40,7 +40,8 @@
 #define CONNECT_NS        UINT64_C(5000000000)
 #define SILENT_MS         30000 /* TCP: without an acknowledgement for so long the other side is gone */
 #define HISTORY           1024u
-#define QUOTED_BYTES      16u /* of a message: its IPFIX header */
+#define QUOTED_BYTES      18u /* of a message: its IPFIX header, and the number of its first set */
+#define TEMPLATE_SET      2u
 
 enum state { DOWN, TRYING, UP }; /* TRYING: a connection is on its way, or a probe is out */
 
@@ -364,7 +365,8 @@ static uint32_t records_of(struct collector *c, const uint8_t *quoted, size_t n_
 		c->copies_out--;
 		return 0;
 	}
-	if (n_bytes < QUOTED_BYTES)
+	/* templates have the sequence number of the data behind them */
+	if (n_bytes < QUOTED_BYTES || ((uint32_t)quoted[16] << 8 | quoted[17]) == TEMPLATE_SET)
 		return 0;
 	for (uint32_t i = 0; i < HISTORY && i < c->n_history; i++) {
 		const struct sent *sent = &c->history[(c->n_history - 1 - i) % HISTORY];
