@@ -32,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden/")
     parser.addoption("--kills", type=int, default=300, help="how often the engine is killed under load")
     parser.addoption("--hybrid-seconds", type=float, default=10, help="how long 200 clients talk at once")
+    parser.addoption("--log-sessions", type=int, default=10_000, help="sessions that collectors are told of")
+    parser.addoption("--log-rate", type=int, default=5_000, help="of them in a second")
     parser.addoption("--explain-packets", type=int, default=3000, help="packets that explain foretells")
 
 

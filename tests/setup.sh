@@ -22,6 +22,8 @@ packages=(
 	# the proof: namespaces, real clients and servers
 	iproute2 procps nftables iptables ethtool tcpdump traceroute iputils-ping iputils-arping curl nginx iperf3 bind9-dnsutils
 	dnsmasq-base natpmpc keepalived openssh-client openssh-server git make
+	# collectors of the NAT log and of the figures
+	nfdump pmacct rsyslog prometheus
 	# the measurements
 	valgrind util-linux
 )

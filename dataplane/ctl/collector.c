@@ -40,8 +40,12 @@
 #define CONNECT_NS        UINT64_C(5000000000)
 #define SILENT_MS         30000 /* TCP: without an acknowledgement for so long the other side is gone */
 #define HISTORY           1024u
-#define QUOTED_BYTES      18u /* of a message: its IPFIX header, and the number of its first set */
-#define TEMPLATE_SET      2u
+/* Over UDP nothing says that the collector is too slow: what has waited must not come down on it at once. A burst
+ * fits into the receive buffer that Linux gives a socket by default. */
+#define UDP_BURST_BYTES  98304u
+#define UDP_BYTES_PER_MS 16384u /* 600,000 IPFIX records a second, 80,000 lines of syslog */
+#define QUOTED_BYTES     18u    /* of a message: its IPFIX header, and the number of its first set */
+#define TEMPLATE_SET     2u
 
 enum state { DOWN, TRYING, UP }; /* TRYING: a connection is on its way, or a probe is out */
 
@@ -67,7 +71,8 @@ struct collector {
 	uint32_t hello_bytes, hello_done;
 	struct sent *history;
 	uint32_t n_history;
-	uint32_t copies_out; /* probes that were copies of a line, and did not come back */
+	uint64_t credit_bytes, credited_ns; /* UDP */
+	uint32_t copies_out;                /* probes that were copies of a line, and did not come back */
 	struct collector_view view;
 };
 
@@ -139,17 +144,17 @@ static void release(struct collector *c)
 
 /* ---- what goes before data ---- */
 
-static uint32_t sequence_of(const struct collector *c, uint32_t domain)
+static uint32_t sequence_of(const struct collector *c, uint32_t worker)
 {
 	for (uint64_t at = c->next; at != c->tail; at = behind(c, at))
-		if (entry_at(c, at)->domain == domain)
+		if (entry_at(c, at)->domain == ipfix_domain(worker))
 			return entry_at(c, at)->sequence;
 	return UINT32_MAX; /* nothing waits: the encoder knows */
 }
 
-static uint32_t hello_of(const struct collector *c, uint32_t domain, uint8_t *out)
+static uint32_t hello_of(const struct collector *c, uint32_t worker, uint8_t *out)
 {
-	return c->params.hello(c->params.context, domain, sequence_of(c, domain), out);
+	return c->params.hello(c->params.context, worker, sequence_of(c, worker), out);
 }
 
 /* ---- sockets ---- */
@@ -199,8 +204,8 @@ static int new_socket(const struct collector *c)
 static void say_hello_tcp(struct collector *c)
 {
 	c->hello_bytes = c->hello_done = 0;
-	for (uint32_t domain = 0; c->params.hello && domain < c->params.n_domains; domain++)
-		c->hello_bytes += hello_of(c, domain, c->hello + c->hello_bytes);
+	for (uint32_t worker = 0; c->params.hello && worker < c->params.n_workers; worker++)
+		c->hello_bytes += hello_of(c, worker, c->hello + c->hello_bytes);
 	c->out_bytes = 0;
 	c->released_bytes = c->hello_bytes;
 }
@@ -291,12 +296,14 @@ static void advance(struct collector *c, size_t n)
 	}
 }
 
-static uint32_t gather(const struct collector *c, struct iovec iov[AT_ONCE], size_t *n_bytes)
+static uint32_t gather(const struct collector *c, struct iovec iov[AT_ONCE], size_t most_bytes,
+		       size_t *n_bytes)
 {
 	uint32_t n = 0, done = c->next_done;
 
 	*n_bytes = 0;
-	for (uint64_t at = c->next; at != c->tail && n < AT_ONCE; at = behind(c, at), done = 0, n++) {
+	for (uint64_t at = c->next; at != c->tail && n < AT_ONCE && *n_bytes < most_bytes;
+	     at = behind(c, at), done = 0, n++) {
 		struct entry *e = entry_at(c, at);
 
 		iov[n] = (struct iovec){(uint8_t *)(e + 1) + done, e->n_bytes - done};
@@ -330,7 +337,7 @@ static void run_tcp(struct collector *c, uint64_t now_ns)
 		struct msghdr message = {.msg_iov = iov};
 		size_t offered;
 
-		message.msg_iovlen = gather(c, iov, &offered);
+		message.msg_iovlen = gather(c, iov, SIZE_MAX, &offered);
 		got = sendmsg(c->fd, &message, MSG_NOSIGNAL);
 		if (failed(c, now_ns, got))
 			return;
@@ -414,8 +421,8 @@ static void probe(struct collector *c, uint64_t now_ns)
 
 	c->state = TRYING;
 	c->tried_ns = now_ns;
-	for (uint32_t domain = 0; c->params.hello && domain < c->params.n_domains; domain++) {
-		const uint32_t n_bytes = hello_of(c, domain, hello);
+	for (uint32_t worker = 0; c->params.hello && worker < c->params.n_workers; worker++) {
+		const uint32_t n_bytes = hello_of(c, worker, hello);
 		got = send(c->fd, hello, n_bytes, 0);
 		if (got < 0)
 			break;
@@ -442,17 +449,30 @@ static void follow_probe(struct collector *c, uint64_t now_ns)
 	}
 }
 
+static void earn_credit(struct collector *c, uint64_t now_ns)
+{
+	const uint64_t earned = (now_ns - c->credited_ns) * UDP_BYTES_PER_MS / 1000000;
+
+	if (earned == 0)
+		return;
+	c->credit_bytes += earned < UDP_BURST_BYTES ? earned : UDP_BURST_BYTES;
+	if (c->credit_bytes > UDP_BURST_BYTES)
+		c->credit_bytes = UDP_BURST_BYTES;
+	c->credited_ns = now_ns;
+}
+
 static void run_udp(struct collector *c, uint64_t now_ns)
 {
 	if (read_errors(c)) {
 		go_down(c, now_ns, 0);
 		return;
 	}
-	for (uint32_t round = 0; round < ROUNDS && c->next != c->tail; round++) {
+	earn_credit(c, now_ns);
+	while (c->credit_bytes > 0 && c->next != c->tail) {
 		struct iovec iov[AT_ONCE];
 		struct mmsghdr message[AT_ONCE];
 		size_t offered;
-		const uint32_t n = gather(c, iov, &offered);
+		const uint32_t n = gather(c, iov, c->credit_bytes, &offered);
 
 		for (uint32_t i = 0; i < n; i++)
 			message[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = &iov[i], .msg_iovlen = 1}};
@@ -462,6 +482,8 @@ static void run_udp(struct collector *c, uint64_t now_ns)
 			remember(c, entry_at(c, c->next));
 			c->next = behind(c, c->next);
 			release(c);
+			c->credit_bytes -=
+				c->credit_bytes < iov[i].iov_len ? c->credit_bytes : iov[i].iov_len;
 		}
 		if (read_errors(c)) {
 			go_down(c, now_ns, 0);
@@ -521,7 +543,7 @@ struct collector *collector_open(const struct collector_params *params)
 	c->params = *params;
 	c->fd = -1;
 	c->ring = aligned_alloc(16, params->queue_bytes);
-	c->hello = malloc((size_t)params->n_domains * IPFIX_TEMPLATES_MAX + 1);
+	c->hello = malloc((size_t)params->n_workers * IPFIX_TEMPLATES_MAX + 1);
 	c->history = calloc(HISTORY, sizeof(*c->history));
 	if (c->ring && c->hello && c->history)
 		return c;

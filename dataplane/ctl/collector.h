@@ -14,10 +14,10 @@ struct collector_params {
 	uint32_t address; /* host order */
 	uint16_t port;
 	uint32_t queue_bytes;
-	uint32_t n_domains;
-	/* What a collector must have before data (IPFIX: the templates of a domain), with the number of data
+	uint32_t n_workers;
+	/* What a collector must have before data (IPFIX: the templates of a worker), with the number of data
 	 * records that went before; NULL: nothing. Gives its length. */
-	uint32_t (*hello)(void *context, uint32_t domain, uint32_t sequence,
+	uint32_t (*hello)(void *context, uint32_t worker, uint32_t sequence,
 			  uint8_t out[IPFIX_TEMPLATES_MAX]);
 	void *context;
 };

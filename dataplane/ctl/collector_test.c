@@ -42,10 +42,10 @@ static void fill(uint8_t *at, uint32_t n_records, uint32_t sequence)
 	at[15] = 1;
 }
 
-static uint32_t hello(void *context, uint32_t domain, uint32_t sequence, uint8_t out[IPFIX_TEMPLATES_MAX])
+static uint32_t hello(void *context, uint32_t worker, uint32_t sequence, uint8_t out[IPFIX_TEMPLATES_MAX])
 {
 	(void)context;
-	(void)domain;
+	(void)worker;
 	(void)sequence;
 	fill(out, 0, 0);
 	out[17] = 2; /* a set of templates */
@@ -124,7 +124,7 @@ static void open_bed(struct bed *b, enum config_log_transport transport, bool wi
 							 .address = INADDR_LOOPBACK,
 							 .port = b->side.port,
 							 .queue_bytes = queue_bytes,
-							 .n_domains = 1,
+							 .n_workers = 1,
 							 .hello = with_hello ? hello : NULL});
 	assert(b->c);
 	b->now_ns = MS;

@@ -1,4 +1,4 @@
-/* The log thread. Every 10 ms it empties the workers' rings, makes messages of what each collector wants to hear, and
+/* The log thread. Every 5 ms it empties the workers' rings, makes messages of what each collector wants to hear, and
  * lets the collectors send. It shares a mutex with the control thread and nothing at all with the workers, who write
  * into their rings whether it runs or not: an event that finds its ring full is counted there and lost.
  *
@@ -27,7 +27,7 @@
 #define RING_EVENTS   131072u /* 4 MiB: 0.6 s of 100,000 new sessions a second, which end as fast */
 #define STEP_EVENTS   512u
 #define STEPS         256u /* of one worker before the next has its turn */
-#define ROUND_MS      10
+#define ROUND_MS      5
 #define TEMPLATES_NS  UINT64_C(10000000000)
 #define TELL_NS       UINT64_C(60000000000)
 #define LAST_WORDS_NS UINT64_C(1000000000)
@@ -178,11 +178,11 @@ static void queue_message(void *context, const struct log_message *message)
 	collector_put(((struct target *)context)->collector, message);
 }
 
-static uint32_t say_hello(void *context, uint32_t domain, uint32_t sequence, uint8_t out[IPFIX_TEMPLATES_MAX])
+static uint32_t say_hello(void *context, uint32_t worker, uint32_t sequence, uint8_t out[IPFIX_TEMPLATES_MAX])
 {
 	const struct target *t = context;
 
-	return ipfix_templates(domain, sequence == UINT32_MAX ? t->writer.ipfix.sequence[domain] : sequence,
+	return ipfix_templates(worker, sequence == UINT32_MAX ? t->writer.ipfix.sequence[worker] : sequence,
 			       clock_of(CLOCK_REALTIME), out);
 }
 
@@ -316,7 +316,7 @@ static struct target *target_new(const struct export *x, const struct config_col
 						.address = spec->address,
 						.port = spec->port,
 						.queue_bytes = COLLECTOR_QUEUE_BYTES,
-						.n_domains = x->n_workers,
+						.n_workers = x->n_workers,
 						.hello = ipfix ? say_hello : NULL,
 						.context = t};
 	writer_init(&t->writer, spec, queue_message, t);
