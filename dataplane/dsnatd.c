@@ -423,6 +423,7 @@ static struct request_ops request_ops(struct daemon *d)
 		.collector = on_collector,
 		.events = on_events,
 		.apply = on_apply,
+		.capture = request_capture_open(),
 		.program = "dsnatd",
 	};
 }
@@ -848,6 +849,8 @@ static void stop(struct daemon *d)
 	pcp_close(d->port_control);
 	if (d->socket)
 		socket_close(d->socket);
+	if (d->ops)
+		request_capture_close(d->ops->capture);
 	route_close(d->route);
 	d->generation = UINT64_MAX;
 	free_retired(d);

@@ -86,6 +86,8 @@ void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint6
 {
 	set_time(e, now_ns);
 	nat_wheel_turn(e, AGED_PER_RUN + n * AGED_PER_PACKET);
+	if (NAT_UNLIKELY(e->capture))
+		nat_capture_before(e, pkt, n);
 	nat_parse(e, pkt, n);
 	run_stages(e, pkt, n);
 	uint8_t seen = 0;
@@ -104,6 +106,8 @@ void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint6
 			refuse_rest(e, &pkt[i]);
 	}
 	count(e, pkt, n);
+	if (NAT_UNLIKELY(e->capture))
+		nat_capture_after(e, pkt, n);
 	for (uint32_t i = 0; i < n && NAT_UNLIKELY(large); i++)
 		nat_frags_cut(e, &pkt[i]);
 	nat_frags_age(e);
@@ -113,6 +117,8 @@ void nat_engine_tick(struct nat_engine *e, uint64_t now_ns)
 {
 	set_time(e, now_ns);
 	nat_wheel_turn(e, AGED_PER_RUN + NAT_BURST_MAX * AGED_PER_PACKET);
+	if (NAT_UNLIKELY(e->capture))
+		(void)nat_capture_wanted(e);
 	nat_frags_age(e);
 }
 
@@ -141,6 +147,8 @@ bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out)
 	if (e->outbox.head == e->outbox.n)
 		return false;
 	*out = e->outbox.pkt[e->outbox.head++];
+	if (NAT_UNLIKELY(e->capture))
+		nat_capture_late(e, out);
 	return true;
 }
 

@@ -160,7 +160,8 @@ struct nat_engine {
 	struct nat_outbox outbox;
 	struct nat_events events;
 	struct nat_replicas replicas;
-	struct nat_event_ring *log; /* NULL: nothing is logged */
+	struct nat_event_ring *log;  /* NULL: nothing is logged */
+	struct nat_capture *capture; /* NULL: nobody looks */
 	enum nat_trial_mode trial;
 };
 
@@ -465,6 +466,16 @@ void nat_event_ends(struct nat_engine *e, const struct nat_session *s);
 
 /* The time-outs of the policy in force (engine.c). */
 void nat_engine_set_timeouts(struct nat_engine *e);
+
+/* ---- capture (capture.c), only when e->capture is there ---- */
+
+/* Is the reader still there? If not, the capture is let go. */
+bool nat_capture_wanted(struct nat_engine *e);
+/* A burst as it comes; then as the engine has judged it. */
+void nat_capture_before(struct nat_engine *e, const struct nat_pkt *pkt, uint32_t n);
+void nat_capture_after(struct nat_engine *e, const struct nat_pkt *pkt, uint32_t n);
+/* What nat_engine_next() gives out. */
+void nat_capture_late(struct nat_engine *e, const struct nat_pkt *pkt);
 
 /* ---- outbox ---- */
 

@@ -345,6 +345,49 @@ struct nat_trial {
 /* From the worker's own thread. */
 void nat_engine_try(struct nat_engine *e, struct nat_trial *trial, uint64_t now_ns);
 
+/* ---- capture: packets before and after translation, for somebody who looks (capture.c) ---- */
+
+#define NAT_CAPTURE_PATIENCE_S 10u /* a reader that has not come for so long is gone */
+
+struct nat_capture;
+
+struct nat_capture_params {
+	uint32_t snap_bytes; /* kept of each packet, on each side */
+	uint32_t n_slots;    /* packets that wait for the reader; a power of two */
+	uint32_t sample;     /* one in so many */
+	bool by_reason;      /* only packets that do not leave, for these reasons */
+	bool reason[NAT_REASON_COUNT];
+	/* On the worker's thread. NULL: all. `packet` may be cut at `kept_bytes`. */
+	bool (*wants)(void *context, const uint8_t *packet, uint32_t bytes, uint32_t kept_bytes);
+	void *context;
+};
+
+struct nat_captured {
+	uint64_t now_ns;
+	uint32_t before_bytes, after_bytes; /* of the packet; 0: the engine made it, it does not leave */
+	uint32_t before_kept, after_kept;
+	uint8_t iface, out_iface; /* out_iface: 0xff when it does not leave */
+	uint8_t verdict, reason, made;
+	uint8_t bytes[]; /* before, then after */
+};
+
+struct nat_capture_figures {
+	uint64_t seen, matched, lost;
+	bool left; /* the worker has let go: nobody had come */
+};
+
+size_t nat_capture_size(const struct nat_capture_params *params);
+/* `mem` is aligned to 64 bytes. */
+struct nat_capture *nat_capture_init(void *mem, const struct nat_capture_params *params);
+/* From the worker's own thread; NULL ends it. */
+void nat_engine_capture(struct nat_engine *e, struct nat_capture *capture);
+
+/* One reader: the oldest packet that waits (NULL: none), which stays until it is released. */
+const struct nat_captured *nat_capture_peek(struct nat_capture *capture);
+void nat_capture_release(struct nat_capture *capture);
+void nat_capture_visit(struct nat_capture *capture); /* the reader is still there */
+struct nat_capture_figures nat_capture_look(const struct nat_capture *capture);
+
 /* ---- mappings that hosts ask for (PCP, RFC 6887; NAT-PMP, RFC 6886) ---- */
 
 enum nat_map_result {

@@ -5,6 +5,7 @@
  *	request_show.c       counters, pools, zones, workers, ports
  *	request_config.c     show config, plan
  *	request_explain.c    what would become of a packet
+ *	request_capture.c    packets before and after
  *
  * The tables belong to the workers. What is wanted of them is asked in steps: a step runs on the worker
  * between two bursts (request_on_worker), copies a bounded number of records into memory of the control
@@ -262,9 +263,9 @@ static json_t *dispatch(struct request_context *c)
 	static const struct {
 		const char *cmd;
 		json_t *(*answer)(struct request_context *c);
-	} cmds[] = {{"show", show},       {"clear", request_clear},    {"plan", request_plan},
-		    {"reload", reload},   {"status", status},          {"version", version},
-		    {"pcp", request_pcp}, {"explain", request_explain}};
+	} cmds[] = {{"show", show},       {"clear", request_clear},     {"plan", request_plan},
+		    {"reload", reload},   {"status", status},           {"version", version},
+		    {"pcp", request_pcp}, {"explain", request_explain}, {"capture", request_capture}};
 	const char *cmd;
 
 	if (!json_is_object(c->request))
@@ -273,7 +274,8 @@ static json_t *dispatch(struct request_context *c)
 	for (size_t i = 0; cmd && i < COUNT(cmds); i++)
 		if (!strcmp(cmd, cmds[i].cmd))
 			return cmds[i].answer(c);
-	return request_refuse(c, "\"cmd\" must be show, clear, plan, explain, reload, status or version");
+	return request_refuse(
+		c, "\"cmd\" must be show, clear, plan, explain, capture, reload, status or version");
 }
 
 json_t *request_answer_json(const struct request_ops *ops, const json_t *request)

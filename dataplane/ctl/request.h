@@ -74,9 +74,16 @@ struct request_ops {
 	bool (*apply)(void *context, struct config *next, char *why, size_t why_bytes);
 	unsigned config_flags; /* for config_load() at a reload */
 
+	/* request_capture_open(); NULL: nothing can be captured */
+	struct request_capture *capture;
+
 	/* The program's name for `version`; the version itself is NAT_VERSION. */
 	const char *program;
 };
+
+/* What is being captured. Close it when no worker runs any more. */
+struct request_capture *request_capture_open(void);
+void request_capture_close(struct request_capture *capture);
 
 /* The answer without a newline, allocated with malloc(); NULL only when there is no memory. `line` need not
  * end in a zero. */

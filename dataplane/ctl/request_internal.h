@@ -62,5 +62,6 @@ json_t *request_plan(struct request_context *c);
 json_t *request_clear(struct request_context *c);
 json_t *request_pcp(struct request_context *c);
 json_t *request_explain(struct request_context *c);
+json_t *request_capture(struct request_context *c);
 
 #endif

@@ -415,6 +415,7 @@ struct bench *bench_open(struct config *config, uint64_t seed, uint32_t workers)
 					  .on_worker = on_worker,
 					  .apply = apply,
 					  .config_flags = CONFIG_WITHOUT_DEVICES,
+					  .capture = request_capture_open(),
 					  .program = "dsnat-replay"};
 	if (bench->world && make_engines(bench, seed))
 		return bench;
@@ -435,6 +436,7 @@ void bench_close(struct bench *bench)
 	give_memory(&bench->policy_memory);
 	give_memory(&bench->old_policy_memory);
 	give_memory(&bench->table_memory);
+	request_capture_close(bench->ops.capture);
 	if (bench->world)
 		world_close(bench->world);
 	config_free(bench->config);
