@@ -139,6 +139,7 @@ struct daemon {
 	struct export *nat_log;
 	uint64_t rounds[NAT_WORKERS_MAX]; /* at the last tick: a worker that makes none hangs */
 	bool stop;
+	bool restart; /* the end is not what the operator wanted: status 1, and systemd starts it again */
 };
 
 enum source { SIGNALS, TICK, ROUTES, CLIENTS, ANNOUNCE, PORT_CONTROL, RULES };
@@ -382,6 +383,11 @@ static void follow_logging(struct daemon *d)
 		say(why);
 }
 
+static struct route_figures on_routes(void *context)
+{
+	return route_figures(((struct daemon *)context)->route);
+}
+
 /* The new plan holds for each worker from its next burst on. The old one is freed when all have passed. */
 static bool on_apply(void *context, struct config *next, char *why, size_t why_bytes)
 {
@@ -422,6 +428,7 @@ static struct request_ops request_ops(struct daemon *d)
 		.port = on_port_view,
 		.collector = on_collector,
 		.events = on_events,
+		.routes = on_routes,
 		.apply = on_apply,
 		.capture = request_capture_open(),
 		.program = "dsnatd",
@@ -465,13 +472,24 @@ static void links(struct daemon *d)
 	for (uint32_t i = 0; i < d->ports.n; i++) {
 		struct port *port = &d->ports.port[i];
 
-		if (!port_poll_link(port))
-			continue;
+		if (port_is_replaced(port) && !d->stop) {
+			fprintf(stderr,
+				"dsnatd: the device of port %s is back; ending, to start again with it\n",
+				port->name);
+			d->stop = d->restart = true;
+		}
+		if (port_poll_link(port)) {
+			announce |= port->up && port->outside;
+			fprintf(stderr, "dsnatd: port %s is %s%s\n", port->name, port->up ? "up" : "down",
+				port->gone ? ": its device is gone; bring it back, and dsnatd starts again "
+					     "with it"
+					   : "");
+		}
 		/* after a restart the link is lost for a moment: the kernel need not know */
-		if (port->up || !patient)
+		if (port->up != port->told_up && (port->up || !patient)) {
+			port->told_up = port->up;
 			twin_set_carrier(&d->twins.twin[i], port->up);
-		announce |= port->up && port->outside;
-		fprintf(stderr, "dsnatd: port %s is %s\n", port->name, port->up ? "up" : "down");
+		}
 	}
 	if (announce)
 		announce_again(d);
@@ -907,6 +925,7 @@ static enum status serve(struct daemon *d)
 		say("ready");
 		while (!d->stop)
 			wait_and_serve(d);
+		status = d->restart ? FAILED : STOPPED;
 	}
 	stop(d);
 	return status;

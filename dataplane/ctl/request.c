@@ -208,6 +208,14 @@ static json_t *version(struct request_context *c)
 	return json_pack("{s:s, s:s}", "program", c->ops->program, "version", NAT_VERSION);
 }
 
+static json_t *routes(struct route_figures f)
+{
+	return json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "routes", request_number(f.routes),
+			 "neighbours", request_number(f.neighbours), "addresses", request_number(f.addresses),
+			 "rebuilds", request_number(f.rebuilds), "rebuild_us", request_number(f.rebuild_us),
+			 "dumps", request_number(f.dumps), "overruns", request_number(f.overruns));
+}
+
 static json_t *status(struct request_context *c)
 {
 	static const char *const keys[] = {"cmd"};
@@ -232,6 +240,8 @@ static json_t *status(struct request_context *c)
 	json_object_set_new(answer, "sessions", request_number(sum.sessions));
 	json_object_set_new(answer, "max_sessions", request_number(config->nat.max_sessions));
 	json_object_set_new(answer, "equation", json_boolean(equation));
+	if (c->ops->routes)
+		json_object_set_new(answer, "routes", routes(c->ops->routes(c->ops->context)));
 	json_object_set_new(answer, "problems", request_problems_json(config));
 	return answer;
 }

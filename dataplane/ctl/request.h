@@ -13,6 +13,7 @@
 
 #include "collector.h"
 #include "config.h"
+#include "route.h"
 
 struct json_t;
 
@@ -67,6 +68,9 @@ struct request_ops {
 	/* The NAT log. May be NULL: there is none. False: past the end; nothing is logged. */
 	bool (*collector)(void *context, uint32_t i, struct request_collector *view);
 	bool (*events)(void *context, uint32_t worker, struct nat_event_counts *counts);
+
+	/* What is known of the kernel's routes. NULL: the program has none. */
+	struct route_figures (*routes)(void *context);
 
 	/* Makes `next` (error-free, config_can_follow() is true) the running configuration and takes
 	 * ownership of it. On failure returns false with a sentence in `why`, changes nothing, and `next`

@@ -65,6 +65,25 @@ def test_a_twin_that_somebody_deletes_is_made_again(gateway: Gateway) -> None:
     assert " 3 received" in ping(gateway.client, SERVER)
 
 
+def test_a_device_that_is_taken_away_is_one_sentence_and_its_return_a_new_start(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), config())
+    assert " 3 received" in ping(gateway.client, SERVER)
+    gateway.space.ip("link delete vout")
+    wait_until("the sentence", lambda: "outside0 is down: its device is gone" in gateway.daemon.text())
+    wait_until("keepalived's reason to leave", lambda: "NO-CARRIER" in gateway.space.ip("link show outside0"))
+    assert gateway.show("counters")["equation"]
+    lab.wire(gateway.space, "vout", gateway.server, "eth0")
+    gateway.server.ip(f"address add {SERVER}/24 dev eth0")
+    gateway.server.ip("route add 203.0.113.0/24 via 198.51.100.1")
+    assert gateway.daemon.wait(timeout_s=20) == 1, "systemd starts again what ends so"
+    assert "the device of port outside0 is back" in gateway.daemon.text()
+    gateway.start()
+    wait_until("service", lambda: " 3 received" in ping(gateway.client, SERVER))
+    gateway.close()
+
+
 class Store:
     """systemd's side of sd_notify: takes messages, and keeps the descriptors that come with them."""
 

@@ -8,6 +8,8 @@
 #include "guard.h"
 
 #include <errno.h>
+#include <linux/ethtool.h>
+#include <linux/sockios.h>
 #include <net/if.h>
 #include <nftables/libnftables.h>
 #include <stdio.h>
@@ -16,9 +18,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-/* The kernel interface behind this vdev string; false when it has none or takes its packets away by itself.
- */
-static bool guard_needed(const char *device, char *kernel_interface, size_t bytes)
+bool guard_needed(const char *device, char *kernel_interface, size_t bytes)
 {
 	static const char *const copies[] = {"net_af_packet", "eth_af_packet", "net_pcap", "eth_pcap"};
 	const char *at = NULL;
@@ -31,6 +31,22 @@ static bool guard_needed(const char *device, char *kernel_interface, size_t byte
 	at += strlen("iface=");
 	snprintf(kernel_interface, bytes, "%.*s", (int)strcspn(at, ","), at);
 	return true;
+}
+
+/* Not by IFF_RUNNING, which the kernel updates up to a second later. */
+bool guard_has_carrier(const char *name)
+{
+	struct ethtool_value link = {.cmd = ETHTOOL_GLINK};
+	struct ifreq request = {.ifr_data = (char *)&link};
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	bool asked;
+
+	if (fd < 0)
+		return false;
+	strncpy(request.ifr_name, name, sizeof request.ifr_name - 1);
+	asked = !ioctl(fd, SIOCETHTOOL, &request);
+	close(fd);
+	return asked && link.data;
 }
 
 static int bring_up(const char *name)

@@ -8,12 +8,14 @@
  */
 #include "port.h"
 
+#include <net/if.h>
 #include <rte_errno.h>
 #include <rte_ethdev.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "eal.h"
+#include "guard.h"
 
 #define DESCRIPTORS  512u
 #define CACHE        128u
@@ -90,6 +92,8 @@ static int start_with(struct port *p, const struct rte_eth_dev_info *info, struc
 			info->flow_type_rss_offloads & (RTE_ETH_RSS_IPV4 | RTE_ETH_RSS_NONFRAG_IPV4_TCP |
 							RTE_ETH_RSS_NONFRAG_IPV4_UDP | RTE_ETH_RSS_FRAG_IPV4);
 	}
+	if (*info->dev_flags & RTE_ETH_DEV_INTR_RMV)
+		conf.intr_conf.rmv = 1;
 	status = rte_eth_dev_configure(p->id, p->n_queues, p->n_queues, &conf);
 	if (!status)
 		status = queues_set_up(p, info, pool);
@@ -119,6 +123,13 @@ static uint16_t mtu_for(const struct rte_eth_dev_info *info, const struct nat_in
 	return info->max_mtu && own > info->max_mtu ? info->max_mtu : own;
 }
 
+static int on_removal(uint16_t id, enum rte_eth_event_type event, void *port, void *unused)
+{
+	(void)id, (void)event, (void)unused;
+	atomic_store(&((struct port *)port)->gone, true);
+	return 0;
+}
+
 static int port_open(struct port *p, const struct nat_interface_config *c, uint32_t n_workers,
 		     struct rte_mempool *pool, char *why, size_t why_bytes)
 {
@@ -129,6 +140,8 @@ static int port_open(struct port *p, const struct nat_interface_config *c, uint3
 	snprintf(p->name, sizeof p->name, "%s", c->name);
 	p->outside = c->role == NAT_ROLE_OUTSIDE;
 	snprintf(p->device, sizeof p->device, "%s", c->device);
+	if (guard_needed(c->device, p->copies, sizeof p->copies))
+		p->copies_index = if_nametoindex(p->copies);
 	eal_device_name(c->device, name, sizeof name);
 	if (rte_eth_dev_get_port_by_name(name, &p->id) || rte_eth_dev_info_get(p->id, &info)) {
 		snprintf(why, why_bytes,
@@ -155,7 +168,9 @@ static int port_open(struct port *p, const struct nat_interface_config *c, uint3
 	(void)rte_eth_dev_set_mtu(p->id,
 				  p->mtu_bytes); /* vdevs that have no such call take frames as they come */
 	(void)rte_eth_allmulticast_enable(p->id);
+	(void)rte_eth_dev_callback_register(p->id, RTE_ETH_EVENT_INTR_RMV, on_removal, p);
 	(void)port_poll_link(p);
+	p->told_up = true; /* which is how a new twin begins */
 	return 0;
 }
 
@@ -201,11 +216,22 @@ void ports_close(struct ports *ports)
 	ports->n = 0;
 }
 
+bool port_is_replaced(const struct port *p)
+{
+	return p->gone && p->copies[0] && if_nametoindex(p->copies);
+}
+
 bool port_poll_link(struct port *p)
 {
 	struct rte_eth_link link = {0};
 	bool up = rte_eth_link_get_nowait(p->id, &link) == 0 && link.link_status == RTE_ETH_LINK_UP;
 
+	if (p->copies[0]) { /* these drivers say "up" whatever happens to the interface */
+		if (if_nametoindex(p->copies) != p->copies_index)
+			p->gone = true;
+		up = guard_has_carrier(p->copies);
+	}
+	up = up && !p->gone;
 	p->speed_mbps = up && link.link_speed != RTE_ETH_SPEED_NUM_UNKNOWN ? link.link_speed : 0;
 	return atomic_exchange(&p->up, up) != up;
 }

@@ -28,6 +28,10 @@ struct port {
 	struct twin *twin;
 	char name[NAT_NAME_MAX];
 	char device[128];
+	char copies[32]; /* the kernel interface that a net_af_packet or net_pcap device listens to, or "" */
+	unsigned copies_index;
+	bool told_up;      /* the carrier that the twin shows */
+	_Atomic bool gone; /* the device has been taken away; it does not come back in this process */
 	uint16_t mtu_bytes;
 	uint32_t speed_mbps;
 	rte_spinlock_t tx_lock[NAT_WORKERS_MAX];
@@ -61,8 +65,11 @@ int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_
 	       size_t why_bytes);
 void ports_close(struct ports *ports);
 
-/* Control thread: reads the link; true when it changed. */
+/* Control thread: reads the link; true when it changed. A port whose device is gone is down. */
 bool port_poll_link(struct port *port);
+
+/* Control thread: the device went, and there is one of its name again. Only a new start can take it. */
+bool port_is_replaced(const struct port *port);
 void port_view(const struct port *port, struct request_port *view);
 
 #endif

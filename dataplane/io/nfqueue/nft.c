@@ -5,6 +5,7 @@
  *         from a twin                          the engine has passed it to the kernel: let it be
  *         to a pool address                    queue: a reply, or one inside host to another (hairpin)
  *         from outside to a zone's source      queue: nothing but answers to `pass` zones may go there
+ *         from outside, sent by a pool address queue: a route loop or a lie, dropped and counted there
  *         from inside, to be routed outside    no conntrack: it is to be translated below
  *     postrouting (srcnat, 100)
  *         from inside to outside               queue: a request, routed, TTL and MTU seen to by the kernel
@@ -155,7 +156,8 @@ static void put_table(FILE *to, const struct nat_config *config, bool with_queue
 	      "    iifname \"" TUN_NAME "\" notrack accept\n"
 	      "    iifname @twins accept\n"
 	      "    ip daddr @pools notrack goto " CHAIN "\n"
-	      "    iifname @kernel_outside ip daddr @zones notrack goto " CHAIN "\n",
+	      "    iifname @kernel_outside ip daddr @zones notrack goto " CHAIN "\n"
+	      "    iifname @kernel_outside ip saddr @pools notrack goto " CHAIN "\n",
 	      to);
 	/* one rule each: a set of names does not compare with what fib says */
 	for (uint32_t i = 0; i < config->n_interfaces; i++)
