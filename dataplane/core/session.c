@@ -262,7 +262,7 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 		nat_event_begins(e, s);
 	if (s->flags & NAT_RECORD_MAPPING)
 		return record;
-	if (NAT_UNLIKELY(e->replicas.n_words))
+	if (NAT_UNLIKELY(e->replicas.n_words) && e->trial == NAT_TRIAL_NONE)
 		nat_replica_begins(e, record);
 	nat_wheel_hang(e, record);
 	count_session(e, s, 1);
