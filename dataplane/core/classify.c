@@ -134,6 +134,49 @@ static void classify_outside(struct nat_engine *e, struct nat_pkt *pkt)
 		nat_tuple_turn(&pkt->tuple);
 }
 
+/* ---- the usual packet: plain TCP or UDP that a pool translates ----
+ *
+ * The same questions as above, all of which must have their usual answer; else those above are asked, who know what
+ * follows from the others. */
+
+static bool is_plain(const struct nat_pkt *pkt)
+{
+	return pkt->stage_flags == 0 &&
+	       (pkt->tuple.protocol == NAT_PROTO_UDP || pkt->tuple.protocol == NAT_PROTO_TCP);
+}
+
+static bool classify_plain_inside(const struct nat_policy *policy, struct nat_pkt *pkt)
+{
+	const struct nat_hop hop = pkt->hop;
+
+	if (nat_policy_spans(policy, pkt->tuple.remote_be) || nat_policy_spans(policy, pkt->tuple.local_be))
+		return false;
+	if ((hop.kind != NAT_HOP_FORWARD && hop.kind != NAT_HOP_KERNEL) ||
+	    hop.iface >= policy->n_interfaces || policy->role[hop.iface] == NAT_ROLE_INSIDE)
+		return false;
+	const uint32_t zone =
+		nat_policy_zone(policy, NAT_NTOH32(pkt->tuple.local_be), NAT_NTOH32(pkt->tuple.remote_be));
+	if (zone == NAT_NO_ZONE)
+		return false;
+	const struct nat_zone_config *config = &policy->zone[zone].config;
+	if (config->action != NAT_ACTION_POOL || !nat_pool_is_active(&policy->pool[config->pool]))
+		return false;
+	pkt->zone = zone;
+	return true;
+}
+
+static bool classify_plain_outside(const struct nat_policy *policy, struct nat_pkt *pkt)
+{
+	const uint32_t address = nat_policy_address(policy, pkt->tuple.remote_be);
+
+	if (address == UINT32_MAX || nat_policy_spans(policy, pkt->tuple.local_be) ||
+	    !nat_pool_is_active(&policy->pool[policy->address[address].pool]))
+		return false;
+	pkt->stage_flags = NAT_STAGE_INBOUND;
+	nat_tuple_turn(&pkt->tuple);
+	return true;
+}
+
 void nat_classify(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
 	for (uint32_t i = 0; i < n; i++) {
@@ -141,7 +184,11 @@ void nat_classify(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 			continue;
 		if (NAT_LIKELY(nat_has_own_tuple(&pkt[i])))
 			nat_session_fetch_record(e, &pkt[i]);
-		if (nat_is_from_inside(e, &pkt[i]))
+		const bool from_inside = nat_is_from_inside(e, &pkt[i]);
+		if (is_plain(&pkt[i]) && (from_inside ? classify_plain_inside(e->policy, &pkt[i])
+						      : classify_plain_outside(e->policy, &pkt[i])))
+			continue;
+		if (from_inside)
 			classify_inside(e, &pkt[i]);
 		else
 			classify_outside(e, &pkt[i]);

@@ -8,6 +8,7 @@
 #ifndef NAT_CSUM_H
 #define NAT_CSUM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -51,6 +52,18 @@ static inline nat_sum nat_sum_bytes(nat_sum sum, const uint8_t *p, size_t n)
 		sum += nat_get16(last);
 	}
 	return sum;
+}
+
+/* Is the checksum of an IPv4 header without options right? Its ten words at once. */
+static inline bool nat_csum_header_good(const uint8_t *ip)
+{
+	uint64_t first, second;
+
+	memcpy(&first, ip, sizeof(first));
+	memcpy(&second, ip + 8, sizeof(second));
+	const nat_sum sum = (first & UINT32_MAX) + (first >> 32) + (second & UINT32_MAX) + (second >> 32) +
+			    nat_get32(ip + 16);
+	return nat_sum_fold(sum) == UINT16_MAX;
 }
 
 static inline uint16_t nat_csum_bytes(const uint8_t *p, size_t n)

@@ -1,7 +1,10 @@
 /* The path of a burst. Each stage walks the burst once, skips packets that have their verdict, and fetches
  * what the next stage will touch; what a stage does is told in its file.
  *
- *   parse -> classify -> look up -> route -> allocate -> rewrite -> count
+ *   parse -> classify -> known -> look up -> route -> allocate -> rewrite -> count
+ *
+ * Most packets leave that line at `known`, which does for a plain packet of a session that is there what the stages
+ * behind it do for all.
  *
  * A packet from inside to a pool address (hairpin, RFC 4787 REQ-9) comes out of that path with the source
  * that the outside would see, and goes through it once more as if from outside.
@@ -13,11 +16,16 @@
 #define AGED_PER_PACKET 2u /* records that the wheel may look at per packet: ends faster than begins */
 #define AGED_PER_RUN    32u
 
-static void run_stages(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
-{
 #define RUN(stage, name) stage(e, pkt, n);
-	NAT_STAGES(RUN)
-#undef RUN
+
+static void run_to_known(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	NAT_STAGES_TO_KNOWN(RUN)
+}
+
+static void run_behind(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	NAT_STAGES_BEHIND(RUN)
 }
 
 static void run_second_time(struct nat_engine *e, struct nat_pkt *pkt)
@@ -29,8 +37,10 @@ static void run_second_time(struct nat_engine *e, struct nat_pkt *pkt)
 	nat_parse(e, pkt, 1);
 	pkt->stage_flags |= NAT_STAGE_SECOND;
 	nat_session_fetch_bucket(e, pkt); /* from the other side now */
-	if (!pkt->settled)
-		run_stages(e, pkt, 1);
+	if (!pkt->settled) {
+		run_to_known(e, pkt, 1);
+		run_behind(e, pkt, 1);
+	}
 	if (pkt->stage_flags & NAT_STAGE_FRAGMENT)
 		nat_frags_lead(e, pkt, source_be, destination_be, id_be);
 }
@@ -51,10 +61,14 @@ static void refuse_rest(struct nat_engine *e, struct nat_pkt *pkt)
 static void count(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
 	struct nat_counters *c = &e->counters;
-	uint32_t taken_over = 0, forwarded = 0;
+	uint32_t counted = 0, taken_over = 0, forwarded = 0;
 
 	for (uint32_t i = 0; i < n; i++) {
 		NAT_ASSERT(pkt[i].settled);
+		if (pkt[i].settled == NAT_SETTLED_COUNTED) {
+			counted++;
+			continue;
+		}
 		taken_over += (pkt[i].flags & NAT_PKT_TAKEN_OVER) != 0;
 		if (NAT_LIKELY(pkt[i].verdict == NAT_FORWARD)) {
 			forwarded++;
@@ -69,7 +83,7 @@ static void count(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 			c->reason[pkt[i].reason]++;
 	}
 	c->taken_over += taken_over;
-	c->received += n - taken_over;
+	c->received += n - counted - taken_over;
 	c->forwarded += forwarded;
 }
 
@@ -82,16 +96,13 @@ static void set_time(struct nat_engine *e, uint64_t now_ns)
 		e->outbox.head = e->outbox.n = e->outbox.n_made = e->outbox.cut_bytes = e->outbox.n_cut = 0;
 }
 
-void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint64_t now_ns)
+/* What known.c has left: the general way, and what may follow from a verdict. Are there any to be cut? */
+static bool run_rest(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
-	set_time(e, now_ns);
-	nat_wheel_turn(e, AGED_PER_RUN + n * AGED_PER_PACKET);
-	if (NAT_UNLIKELY(e->capture))
-		nat_capture_before(e, pkt, n);
-	nat_parse(e, pkt, n);
-	run_stages(e, pkt, n);
 	uint8_t seen = 0;
 	bool large = false;
+
+	run_behind(e, pkt, n);
 	for (uint32_t i = 0; i < n; i++) {
 		seen |= pkt[i].stage_flags;
 		large |= pkt[i].hop.mtu_bytes != 0 && pkt[i].total_bytes > pkt[i].hop.mtu_bytes;
@@ -106,6 +117,18 @@ void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint6
 			refuse_rest(e, &pkt[i]);
 	}
 	count(e, pkt, n);
+	return large;
+}
+
+void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint64_t now_ns)
+{
+	set_time(e, now_ns);
+	nat_wheel_turn(e, AGED_PER_RUN + n * AGED_PER_PACKET);
+	if (NAT_UNLIKELY(e->capture))
+		nat_capture_before(e, pkt, n);
+	nat_parse(e, pkt, n);
+	run_to_known(e, pkt, n);
+	const bool large = nat_known(e, pkt, n) != n && run_rest(e, pkt, n);
 	if (NAT_UNLIKELY(e->capture))
 		nat_capture_after(e, pkt, n);
 	for (uint32_t i = 0; i < n && NAT_UNLIKELY(large); i++)

@@ -167,6 +167,9 @@ struct nat_engine {
 
 /* ---- verdicts ---- */
 
+/* nat_pkt.settled: known.c has counted it already */
+#define NAT_SETTLED_COUNTED 2u
+
 static inline void nat_settle(struct nat_pkt *pkt, enum nat_verdict verdict, enum nat_reason reason)
 {
 	pkt->verdict = (uint8_t)verdict;
@@ -241,19 +244,23 @@ static inline void nat_tuple_turn(struct nat_tuple *tuple)
 void nat_parse(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_route_as_sent(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_classify(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
+/* Settles, and counts, the plain packets of sessions that are there (known.c). How many. */
+uint32_t nat_known(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_session_lookup(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_route(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_rewrite(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 
-/* All of them behind the first, for those that go through them one after the other. */
-#define NAT_STAGES(STAGE)                                                                                    \
+/* All of them behind the first, for those that go through them one after the other; known.c comes in between. */
+#define NAT_STAGES_TO_KNOWN(STAGE)                                                                           \
 	STAGE(nat_route_as_sent, SENT)                                                                       \
-	STAGE(nat_classify, CLASSIFY)                                                                        \
+	STAGE(nat_classify, CLASSIFY)
+#define NAT_STAGES_BEHIND(STAGE)                                                                             \
 	STAGE(nat_session_lookup, LOOK_UP)                                                                   \
 	STAGE(nat_route, ROUTE)                                                                              \
 	STAGE(nat_allocate, ALLOCATE)                                                                        \
 	STAGE(nat_rewrite, REWRITE)
+#define NAT_STAGES(STAGE) NAT_STAGES_TO_KNOWN(STAGE) NAT_STAGES_BEHIND(STAGE)
 
 /* Only the addresses and the TTL: for packets whose ports are elsewhere (rewrite.c). */
 void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be);

@@ -14,6 +14,7 @@
 #define NAT_PREFETCH(address) __builtin_prefetch((address), 1, 3)
 #define NAT_LIKELY(x)         __builtin_expect(!!(x), 1)
 #define NAT_UNLIKELY(x)       __builtin_expect(!!(x), 0)
+#define NAT_ALWAYS_INLINE     static inline __attribute__((always_inline))
 #define NAT_ALIGNED           __attribute__((aligned(NAT_CACHE_LINE)))
 #define NAT_TRAP()            __builtin_trap()
 #define NAT_CTZ64(x)          ((unsigned)__builtin_ctzll(x))

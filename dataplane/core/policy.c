@@ -442,20 +442,19 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 	return p;
 }
 
-uint32_t nat_policy_zone(const struct nat_policy *p, uint32_t source, uint32_t destination)
+uint32_t nat_policy_address_from(const struct nat_policy *p, uint32_t address_be, uint32_t at)
 {
-	uint32_t low = p->interval_of[source >> 24], n = p->interval_of[(source >> 24) + 1] - low + 1;
-	/* The number of steps depends on the first 8 bits only and a step has no branch: sources come in any
-	 * order, and a mispredicted branch costs more than the whole search. */
-	while (n > 1) {
-		uint32_t half = n / 2;
-		low += half * (p->interval[low + half].first <= source);
-		n -= half;
-	}
-	if (NAT_LIKELY(p->interval[low].only != NAT_NO_ZONE))
-		return p->interval[low].only;
-	const uint32_t *candidate = p->candidate + p->interval[low].candidate;
-	for (uint32_t i = 0; i < p->interval[low].n_candidates; i++) {
+	while (p->address_slot[at].address_be != address_be && p->address_slot[at].number != 0)
+		at = (at + 1) & (p->address_slots - 1);
+	return p->address_slot[at].number - 1;
+}
+
+uint32_t nat_policy_zone_of(const struct nat_policy *p, const struct nat_interval *interval,
+			    uint32_t destination)
+{
+	const uint32_t *candidate = p->candidate + interval->candidate;
+
+	for (uint32_t i = 0; i < interval->n_candidates; i++) {
 		const struct nat_zone *zone = &p->zone[candidate[i]];
 		if (((destination ^ zone->config.destination.address) & zone->destination_mask) == 0)
 			return candidate[i];

@@ -124,30 +124,53 @@ static inline bool nat_pool_is_active(const struct nat_pool *pool)
 	return atomic_load_explicit(&pool->active, memory_order_relaxed);
 }
 
+/* The first of an interval's zones that matches, where there are several. */
+uint32_t nat_policy_zone_of(const struct nat_policy *policy, const struct nat_interval *interval,
+			    uint32_t destination);
+
 /* First zone that matches, or NAT_NO_ZONE. Host order. */
-uint32_t nat_policy_zone(const struct nat_policy *policy, uint32_t source, uint32_t destination);
+static inline uint32_t nat_policy_zone(const struct nat_policy *policy, uint32_t source, uint32_t destination)
+{
+	const uint32_t *bounds = &policy->interval_of[source >> 24];
+	const struct nat_interval *low = &policy->interval[bounds[0]];
+
+	/* The number of steps depends on the first 8 bits only and a step has no branch: sources come in any
+	 * order, and a mispredicted branch costs more than the whole search. */
+	for (uint32_t n = bounds[1] - bounds[0] + 1; n > 1;) {
+		const uint32_t half = n / 2;
+		low = low[half].first <= source ? low + half : low;
+		n -= half;
+	}
+	return NAT_LIKELY(low->only != NAT_NO_ZONE) ? low->only
+						    : nat_policy_zone_of(policy, low, destination);
+}
 
 /* Is a packet from outside the answer to one that a pass zone let through? */
 bool nat_policy_passes(const struct nat_policy *policy, uint32_t outside_source, uint32_t inside_destination);
+
+/* The search of nat_policy_address(), from its first slot on. */
+uint32_t nat_policy_address_from(const struct nat_policy *policy, uint32_t address_be, uint32_t at);
+
+/* May it be a pool address? */
+static inline bool nat_policy_spans(const struct nat_policy *policy, uint32_t address_be)
+{
+	return NAT_NTOH32(address_be) - policy->address_low <= policy->address_span;
+}
 
 /* Number of a pool address, or UINT32_MAX. Asked up to three times per packet, mostly for addresses that are
  * no pool's: the span of all of them answers those without a branch that varies, and the slots are so sparse
  * that the first one nearly always answers the rest. */
 static inline uint32_t nat_policy_address(const struct nat_policy *policy, uint32_t address_be)
 {
-	const uint32_t mask = policy->address_slots - 1;
-
-	if (NAT_NTOH32(address_be) - policy->address_low > policy->address_span)
+	if (!nat_policy_spans(policy, address_be))
 		return UINT32_MAX;
-	uint32_t at =
+	const uint32_t at =
 		(uint32_t)nat_multiply_fold(address_be ^ policy->address_key.k0, policy->address_key.k1) &
-		mask;
-	while (policy->address_slot[at].address_be != address_be) {
-		if (policy->address_slot[at].number == 0)
-			return UINT32_MAX;
-		at = (at + 1) & mask;
-	}
-	return policy->address_slot[at].number - 1;
+		(policy->address_slots - 1);
+	const struct nat_address_slot *slot = &policy->address_slot[at];
+	if (slot->address_be == address_be || slot->number == 0)
+		return slot->number - 1; /* that of no number is UINT32_MAX */
+	return nat_policy_address_from(policy, address_be, at);
 }
 
 /* The static mapping of this inside (side 0) or outside (side 1) address, port and protocol; NULL if there is

@@ -201,16 +201,22 @@ static inline uint32_t nat_index_alternate(const struct nat_index *index, uint32
 }
 
 /* Is this the record's tuple on that side? */
-static inline bool nat_session_holds(const struct nat_session *s, const struct nat_tuple *tuple)
+static inline bool nat_session_holds_on(const struct nat_session *s, const struct nat_tuple *tuple,
+					uint8_t side)
 {
 	/* One branch at the end: which field differs first is nothing to predict. */
-	if (tuple->side == 0)
+	if (side == 0)
 		return memcmp(&s->inside, tuple, sizeof(*tuple)) == 0;
 	return ((s->out_addr_be ^ tuple->local_be) | (s->inside.remote_be ^ tuple->remote_be) |
 		(uint32_t)(s->out_port_be ^ tuple->local_port_be) |
 		(uint32_t)(s->inside.remote_port_be ^ tuple->remote_port_be) |
 		(uint32_t)(s->inside.protocol ^ tuple->protocol) |
 		(uint32_t)(s->inside.zero[0] ^ tuple->zero[0])) == 0;
+}
+
+static inline bool nat_session_holds(const struct nat_session *s, const struct nat_tuple *tuple)
+{
+	return nat_session_holds_on(s, tuple, tuple->side);
 }
 
 /* The record that holds this tuple on its side, or NAT_NO_RECORD. Says nothing about its time-out. */

@@ -13,9 +13,10 @@
 const char *const stage_name[STAGE_COUNT] = {
 	[STAGE_PRESENT] = "present",   [STAGE_AGE] = "age",
 	[STAGE_PARSE] = "parse",       [STAGE_ROUTE_AS_SENT] = "route_as_sent",
-	[STAGE_CLASSIFY] = "classify", [STAGE_LOOK_UP] = "look_up",
-	[STAGE_ROUTE] = "route",       [STAGE_ALLOCATE] = "allocate",
-	[STAGE_REWRITE] = "rewrite",   [STAGE_SEND] = "send",
+	[STAGE_CLASSIFY] = "classify", [STAGE_KNOWN] = "known",
+	[STAGE_LOOK_UP] = "look_up",   [STAGE_ROUTE] = "route",
+	[STAGE_ALLOCATE] = "allocate", [STAGE_REWRITE] = "rewrite",
+	[STAGE_SEND] = "send",
 };
 
 static uint64_t cycles(void)
@@ -172,14 +173,20 @@ static void run_stages(struct load *load, uint32_t at, uint8_t iface, struct nat
 	nat_route_as_sent(e, pkt, BURST);
 	mark[STAGE_CLASSIFY] = cycles();
 	nat_classify(e, pkt, BURST);
+	mark[STAGE_KNOWN] = cycles();
+	const bool rest = nat_known(e, pkt, BURST) != BURST;
 	mark[STAGE_LOOK_UP] = cycles();
-	nat_session_lookup(e, pkt, BURST);
+	if (rest)
+		nat_session_lookup(e, pkt, BURST);
 	mark[STAGE_ROUTE] = cycles();
-	nat_route(e, pkt, BURST);
+	if (rest)
+		nat_route(e, pkt, BURST);
 	mark[STAGE_ALLOCATE] = cycles();
-	nat_allocate(e, pkt, BURST);
+	if (rest)
+		nat_allocate(e, pkt, BURST);
 	mark[STAGE_REWRITE] = cycles();
-	nat_rewrite(e, pkt, BURST);
+	if (rest)
+		nat_rewrite(e, pkt, BURST);
 	mark[STAGE_SEND] = cycles();
 	load_send(load, pkt);
 	mark[STAGE_COUNT] = cycles();
