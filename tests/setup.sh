@@ -27,7 +27,8 @@ packages=(
 	# the measurements
 	valgrind util-linux
 )
-services=(nginx:nginx keepalived:keepalived openssh-server:ssh) # package:unit, for packages that bring a service
+services=(nginx:nginx keepalived:keepalived openssh-server:ssh nfdump:nfdump pmacct:nfacctd pmacct:pmacctd rsyslog:rsyslog
+	prometheus:prometheus) # package:unit, for packages that bring a service
 
 packages_need_mib=3000 # in /, for all packages on a bare system
 tree_needs_mib=6000    # in the checkout: tools tree, package cache, image, logs

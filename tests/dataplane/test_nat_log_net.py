@@ -272,7 +272,7 @@ def listen_in(space: Netns) -> socket.socket:
 
 def rest(logging: str, pool: str = "", timeouts: str = "udp_one_way: 2s") -> str:
     return (
-        f"pools: [{{name: public, addresses: [203.0.113.1-203.0.113.4]{pool}}}]\n"
+        f"pools: [{{name: public, addresses: [203.0.113.1-203.0.113.16]{pool}}}]\n"
         "zones: [{source: 100.64.0.0/10, pool: public}]\n"
         f"timeouts: {{{timeouts}}}\n"
         f"logging: [{{{logging}}}]\n"
