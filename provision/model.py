@@ -272,12 +272,31 @@ class Rollout(Model):
     first_wave_percent: Annotated[int, Field(ge=1, le=100)] = 10
 
 
+Endpoint = Annotated[
+    str,
+    _Matching(
+        r"(\d{1,3}\.){3}\d{1,3}(:[1-9]\d{0,4})?", 'an IPv4 address and a port, such as "192.0.2.10:4739"'
+    ),
+]
+
+
+class Collector(Model):
+    """Who is told of the life of mappings; see "NAT logging" in dataplane/README.md."""
+
+    protocol: Literal["ipfix", "syslog"]
+    transport: Literal["udp", "tcp"] | None = None
+    collector: Endpoint
+    pools: tuple[Name, ...] = Field(default=(), description="default: all that the gateway has")
+    destinations: Literal["off", "on"] | None = None
+
+
 class Defaults(Model):
     ssh: Ssh = Ssh()
     rollout: Rollout = Rollout()
     engine: Engine = Engine()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
+    logging: tuple[Collector, ...] = ()
 
 
 class Site(Model):
@@ -476,6 +495,7 @@ class Service(Model):
     other_protocols: Literal["drop", "pass"] | None = None
     port_control: Literal["off", "on"] | None = None
     static: tuple[Static, ...] = ()
+    logging: tuple[Collector, ...] | None = None
     bgp: Bgp | None = None
     probes: tuple[IPv4Address, ...] = Field(
         default=(), description="addresses outside that must answer a ping before a change is kept"

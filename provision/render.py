@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from ipaddress import IPv4Address, IPv4Interface, summarize_address_range
@@ -133,6 +133,14 @@ def _mark_of_master(fleet: Fleet, service: Service) -> IPv4Address | None:
     return found.get("outside", found.get("inside"))
 
 
+def _collectors(fleet: Fleet, service: Service, pools: Collection[str]) -> Iterator[dict[str, object]]:
+    """Each with those of its pools that this gateway has; one that has none of them is left out."""
+    for collector in fleet.defaults.logging if service.logging is None else service.logging:
+        own = [pool for pool in collector.pools if pool in pools]
+        if own or not collector.pools:
+            yield {**collector.model_dump(), "pools": own}
+
+
 def _engine(fleet: Fleet, name: str, gateway: Gateway, service: Service) -> str:
     used = dict.fromkeys(zone.pool for zone in service.zones if zone.pool is not None)
     pools = [
@@ -157,6 +165,7 @@ def _engine(fleet: Fleet, name: str, gateway: Gateway, service: Service) -> str:
         pools=pools,
         limits=_given(service.limits or fleet.defaults.limits),
         timeouts=_given(service.timeouts or fleet.defaults.timeouts),
+        logging=list(_collectors(fleet, service, used)),
     )
 
 

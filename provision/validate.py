@@ -36,11 +36,17 @@ def names_exist(fleet: Fleet, at: Source) -> Iterator[Problem]:
     for where, service, _ in fleet.services():
         for i, zone in enumerate(service.zones):
             yield from known((*where, "zones", i, "pool"), zone.pool, fleet.pools, "pool")
+        for i, collector in enumerate(service.logging or ()):
+            for k, pool in enumerate(collector.pools):
+                yield from known((*where, "logging", i, "pools", k), pool, fleet.pools, "pool")
         yield from known((*where, "site"), service.site, fleet.sites, "site")
     for name, gateway in fleet.gateways.items():
         yield from known(("gateways", name, "pair"), gateway.pair, fleet.pairs, "pair")
         if gateway.ssh is not None:
             yield from known(("gateways", name, "ssh", "jump"), gateway.ssh.jump, fleet.jumps, "jump")
+    for i, collector in enumerate(fleet.defaults.logging):
+        for k, pool in enumerate(collector.pools):
+            yield from known(("defaults", "logging", i, "pools", k), pool, fleet.pools, "pool")
     yield from known(("defaults", "ssh", "jump"), fleet.defaults.ssh.jump, fleet.jumps, "jump")
     for name, site in fleet.sites.items():
         yield from known(("sites", name, "jump"), site.jump, fleet.jumps, "jump")

@@ -45,6 +45,9 @@ pairs:
     tcp_midflow: reset
     refusal: icmp-admin
     other_protocols: pass
+    logging:
+      - {{protocol: ipfix, transport: tcp, collector: "192.0.2.50:4739", pools: [home]}}
+      - {{protocol: syslog, collector: 192.0.2.51, destinations: "on"}}
     bgp: {{as: 65001, neighbors: [{{address: 198.51.100.254, as: 65000}}]}}
     static:
       - {{inside: 100.64.0.8, outside: 203.0.113.2}}
