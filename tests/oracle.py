@@ -94,13 +94,17 @@ class Session:
 
 
 class Oracle:
-    def __init__(self, addresses: Sequence[str], ports: range, *, sessions_per_host: int = 0) -> None:
+    def __init__(
+        self, addresses: Sequence[str], ports: range, *, sessions_per_host: int = 0, workers: int = 1
+    ) -> None:
         self.addresses, self.ports = list(addresses), ports
         self.draining: set[str] = set()
         self.sessions_per_host = sessions_per_host
         self.by_inside: dict[Inside, Session] = {}
         self.by_outside: dict[Outside, Session] = {}
-        self.cursors = {0}  # whose turn it may be: more than one after a session that lived on, or not
+        # whose turn it may be: more than one after a session that lived on, or not; each worker has its own
+        self.cursors = {0} if workers == 1 else set(range(len(self.addresses)))
+        self.workers = workers
         self.refused = 0
 
     def check(self, now_ns: int, interface: str, raw: bytes, answer: Answer) -> None:
@@ -285,7 +289,8 @@ class Oracle:
                 raise Disagreement(f"{inside} got {outside}, which {holder.inside} has")
             self._forget(holder)
         self._begin(packet, inside, outside, now_s, answer)
-        self.cursors = {self._after(got.source_address)}
+        if self.workers == 1:
+            self.cursors = {self._after(got.source_address)}
 
     def _in_turn(self, cursor: int, lives: dict[str, list[Life]]) -> list[str]:
         """The addresses that may be taken: up to the first that surely has a free port."""

@@ -70,6 +70,13 @@ static void refuse(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason re
 	nat_drop(pkt, reason);
 }
 
+/* No port, or no record: another worker may have one. */
+static void refuse_or_ask(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason reason)
+{
+	if (!nat_ask_others(e, pkt, reason))
+		refuse(e, pkt, reason);
+}
+
 /* A free address and port, as a record that is not stored yet. */
 static bool draft(struct nat_engine *e, struct nat_pkt *pkt, struct nat_session *want)
 {
@@ -82,10 +89,12 @@ static bool draft(struct nat_engine *e, struct nat_pkt *pkt, struct nat_session 
 		return false;
 	}
 	const enum nat_reason reason = nat_choose(e, pkt, pool, &choice);
-	if (reason != NAT_REASON_OK) {
+	if (reason == NAT_REASON_NO_PORT)
+		refuse_or_ask(e, pkt, reason);
+	else if (reason != NAT_REASON_OK)
 		refuse(e, pkt, reason);
+	if (reason != NAT_REASON_OK)
 		return false;
-	}
 	*want = (struct nat_session){.inside = pkt->tuple,
 				     .out_addr_be = e->policy->address[choice.address].address_be,
 				     .out_port_be = choice.port_be,
@@ -104,7 +113,10 @@ static uint32_t store(struct nat_engine *e, struct nat_pkt *pkt, const struct na
 		return record;
 	if (want->flags & NAT_RECORD_TRACKED)
 		nat_port_release(e, want);
-	refuse(e, pkt, NAT_REASON_TABLE_FULL);
+	if (want->flags & NAT_RECORD_STATIC)
+		refuse(e, pkt, NAT_REASON_TABLE_FULL);
+	else
+		refuse_or_ask(e, pkt, NAT_REASON_TABLE_FULL);
 	return NAT_NO_RECORD;
 }
 
@@ -389,7 +401,7 @@ static void fetch_ahead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		const uint32_t address = nat_first_choice(e, p, pool, &e->notes->zone[p->zone].forecast);
 		struct nat_tuple outside = nat_wanted_tuple(e, p, pool, address);
 		outside.local_port_be =
-			nat_port_forecast(e, i, pool->port_first, pool->port_last,
+			nat_port_forecast(e, &outside, i, pool->port_first, pool->port_last,
 					  pool->mapping == NAT_ENDPOINT_INDEPENDENT, p->tuple.local_port_be);
 		hash[i] = fetch_bucket(e, &outside);
 	}
@@ -399,6 +411,8 @@ static void fetch_ahead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
+	if (e->workers)
+		nat_handover(e, pkt, n);
 	fetch_ahead(e, pkt, n);
 	for (uint32_t i = 0; i < n; i++) {
 		if (pkt[i].settled || pkt[i].session != NAT_NO_SESSION)
@@ -414,8 +428,11 @@ void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 				nat_route(e, &pkt[i], 1);
 		} else if (nat_is_inbound(&pkt[i])) {
 			begin_from_outside(e, &pkt[i]);
-		} else {
+		} else if (!e->workers) {
 			begin_from_inside(e, &pkt[i]);
+		} else if (!nat_must_wait(e, &pkt[i])) {
+			begin_from_inside(e, &pkt[i]);
+			nat_answer(e, &pkt[i]);
 		}
 	}
 }

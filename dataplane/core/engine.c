@@ -36,12 +36,13 @@ static void run_second_time(struct nat_engine *e, struct nat_pkt *pkt)
 
 	nat_parse(e, pkt, 1);
 	pkt->stage_flags |= NAT_STAGE_SECOND;
+	nat_errand_second(pkt, source_be, destination_be, id_be);
 	nat_session_fetch_bucket(e, pkt); /* from the other side now */
 	if (!pkt->settled) {
 		run_to_known(e, pkt, 1);
 		run_behind(e, pkt, 1);
 	}
-	if (pkt->stage_flags & NAT_STAGE_FRAGMENT)
+	if ((pkt->stage_flags & NAT_STAGE_FRAGMENT) && pkt->verdict != NAT_HANDOVER)
 		nat_frags_lead(e, pkt, source_be, destination_be, id_be);
 }
 
@@ -52,6 +53,8 @@ static void refuse_rest(struct nat_engine *e, struct nat_pkt *pkt)
 	    pkt->verdict != NAT_DROP)
 		return;
 	if (pkt->reason == NAT_REASON_FRAG_BAD || (pkt->stage_flags & NAT_STAGE_SECOND))
+		return;
+	if (e->workers && nat_was_led(pkt))
 		return;
 	nat_frags_lead(e, pkt, nat_get32(pkt->l3 + NAT_IP_SOURCE), nat_get32(pkt->l3 + NAT_IP_DESTINATION),
 		       nat_get16(pkt->l3 + NAT_IP_ID));
@@ -78,7 +81,10 @@ static void count(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		}
 		c->passed += pkt[i].verdict == NAT_PASS;
 		c->held += pkt[i].verdict == NAT_HOLD;
-		c->handed_over += pkt[i].verdict == NAT_HANDOVER;
+		if (pkt[i].verdict == NAT_HANDOVER) {
+			c->handed_over++;
+			c->cause[pkt[i].errand.cause]++;
+		}
 		if (pkt[i].verdict == NAT_PASS || pkt[i].verdict == NAT_DROP)
 			c->reason[pkt[i].reason]++;
 	}
@@ -89,9 +95,13 @@ static void count(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 
 static void set_time(struct nat_engine *e, uint64_t now_ns)
 {
+	const uint32_t before_s = e->now_s;
+
 	if (now_ns > e->now_ns)
 		e->now_ns = now_ns;
 	e->now_s = (uint32_t)(e->now_ns / UINT64_C(1000000000));
+	if (NAT_UNLIKELY(e->now_s != before_s) && e->workers)
+		nat_marks_tidy(e->workers, e->worker);
 	if (e->outbox.head == e->outbox.n)
 		e->outbox.head = e->outbox.n = e->outbox.n_made = e->outbox.cut_bytes = e->outbox.n_cut = 0;
 }
@@ -112,6 +122,8 @@ static bool run_rest(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		    !(pkt[i].stage_flags & NAT_STAGE_LATER)) {
 			run_second_time(e, &pkt[i]);
 			large = true; /* it has another hop now */
+		} else if (pkt[i].stage_flags & NAT_STAGE_SECOND) {
+			nat_errand_lead(e, &pkt[i]);
 		}
 		if (pkt[i].stage_flags & NAT_STAGE_FRAGMENT)
 			refuse_rest(e, &pkt[i]);
@@ -127,6 +139,8 @@ void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint6
 	if (NAT_UNLIKELY(e->capture))
 		nat_capture_before(e, pkt, n);
 	nat_parse(e, pkt, n);
+	if (e->workers)
+		nat_errands_begin(e, pkt, n);
 	run_to_known(e, pkt, n);
 	const bool large = nat_known(e, pkt, n) != n && run_rest(e, pkt, n);
 	if (NAT_UNLIKELY(e->capture))
@@ -248,6 +262,7 @@ struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *pa
 	e->world = params->world;
 	e->worker = params->worker;
 	e->n_workers = params->n_workers;
+	e->workers = params->n_workers > 1 ? params->workers : NULL;
 	e->records_left = params->max_sessions;
 	e->free_record = (uint32_t *)(void *)((uint8_t *)mem + l.free_records);
 	e->free_room = l.n_free_records;
@@ -277,9 +292,15 @@ struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *pa
 
 void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy)
 {
+	const bool moves = e->workers && policy->places != e->policy->places;
+
 	nat_table_bind(e->table, policy);
 	nat_policy_inherit(policy, e->policy, e->worker);
+	if (moves)
+		nat_away_count_all(e, NAT_AWAY_ENDS);
 	e->policy = policy;
+	if (moves)
+		nat_away_count_all(e, NAT_AWAY_ADOPTED);
 	e->notes = &policy->notes[e->worker];
 	nat_engine_set_timeouts(e);
 	nat_portsets_forget(e); /* other ports may be forwarded now */
@@ -302,6 +323,7 @@ void nat_engine_undo(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_r
 		e->counters.forwarded--;
 	} else if (pkt->verdict == NAT_HANDOVER) {
 		e->counters.handed_over--;
+		e->counters.cause[pkt->errand.cause]--;
 	} else {
 		NAT_ASSERT(pkt->verdict == NAT_PASS);
 		e->counters.passed--;
@@ -368,7 +390,6 @@ void nat_session_show(const struct nat_engine *e, uint32_t record, struct nat_se
 bool nat_engine_sessions(struct nat_engine *e, uint64_t *cursor, uint32_t budget, uint64_t now_ns,
 			 bool (*visit)(void *context, const struct nat_session_view *view), void *context)
 {
-	const uint8_t *owner = nat_table_owners(e->table);
 	uint32_t leased = atomic_load(&e->table->chunks_leased);
 
 	set_time(e, now_ns);
@@ -376,16 +397,13 @@ bool nat_engine_sessions(struct nat_engine *e, uint64_t *cursor, uint32_t budget
 		leased = e->table->n_chunks;
 	while (*cursor < (uint64_t)leased * NAT_CHUNK) {
 		const uint32_t record = (uint32_t)*cursor;
-		if (record % NAT_CHUNK == 0 && owner[record / NAT_CHUNK] % e->n_workers != e->worker) {
-			*cursor += NAT_CHUNK;
-			continue;
-		}
 		if (budget-- == 0)
 			return true;
 		(*cursor)++;
 		const struct nat_session *s = &e->record[record];
 		struct nat_session_view view;
-		if (s->timer == NAT_TIMER_FREE || (s->flags & NAT_RECORD_MAPPING) || nat_session_over(e, s))
+		if (s->timer == NAT_TIMER_FREE || s->worker != e->worker || (s->flags & NAT_RECORD_MAPPING) ||
+		    nat_session_over(e, s))
 			continue;
 		nat_session_show(e, record, &view);
 		if (!visit(context, &view))

@@ -14,6 +14,7 @@
 #include "pool.h"
 #include "session.h"
 #include "wire.h"
+#include "workers.h"
 
 /* nat_pkt.stage_flags */
 enum {
@@ -135,8 +136,17 @@ struct nat_replicas {
 	struct nat_replica_name pool[NAT_REPLICA_NAMES], zone[NAT_REPLICA_NAMES]; /* found last */
 };
 
+/* Tuples that another worker has been asked to make a session for; their other packets wait. See handover.c. */
+#define NAT_ASKED_MAX 256u
+struct nat_asked {
+	struct nat_tuple tuple[NAT_ASKED_MAX];
+	uint32_t since_s[NAT_ASKED_MAX];
+	uint32_t n;
+};
+
 struct nat_engine {
 	struct nat_policy *policy;
+	struct nat_workers *workers; /* NULL: this is the only one */
 	struct nat_worker_notes *notes;
 	struct nat_table *table;
 	struct nat_session *record;
@@ -158,6 +168,7 @@ struct nat_engine {
 	struct nat_frags frags;
 	struct nat_wheel wheel;
 	struct nat_outbox outbox;
+	struct nat_asked asked;
 	struct nat_events events;
 	struct nat_replicas replicas;
 	struct nat_event_ring *log;  /* NULL: nothing is logged */
@@ -293,6 +304,45 @@ static inline void nat_session_fetch_record(const struct nat_engine *e, struct n
 	pkt->guess = bucket->entry[NAT_CTZ64(ways)] >> 1;
 	NAT_PREFETCH(&e->record[pkt->guess]);
 }
+
+/* ---- many workers (handover.c): only where e->workers is set ---- */
+
+/* The worker that packets with this tuple belong to. */
+uint32_t nat_place(const struct nat_engine *e, const struct nat_tuple *tuple);
+
+/* Takes up what the worker that handed the packet over has begun; right behind nat_parse(). */
+void nat_errands_begin(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
+
+/* Packets without a session here: hands over those that belong elsewhere, and leaves the others to nat_allocate(). */
+void nat_handover(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
+
+/* Hands over a later fragment whose datagram is brought together elsewhere. */
+bool nat_handover_fragment(struct nat_engine *e, struct nat_pkt *pkt);
+
+/* The first fragment has its verdict: to the place where the others wait for it. False: that is here. */
+bool nat_handover_lead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be,
+		       uint16_t id_be);
+
+/* The packet goes through the engine for the second time, maybe another one. It came with these. */
+void nat_errand_second(struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be, uint16_t id_be);
+/* Of such a packet that was taken over: tells the datagram's other fragments. */
+void nat_errand_lead(struct nat_engine *e, struct nat_pkt *pkt);
+/* Was it taken over for nothing else than that? */
+bool nat_was_led(const struct nat_pkt *pkt);
+
+/* Another worker is being asked for a session of this tuple: the packet comes again in the next round. */
+bool nat_must_wait(struct nat_engine *e, struct nat_pkt *pkt);
+
+/* There is no port or record for it here: asks the next worker. False: all have been asked, or none may be. */
+bool nat_ask_others(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason reason);
+/* The session that another worker has asked for is made, or cannot be for a reason that is nobody's lack. */
+void nat_answer(struct nat_engine *e, struct nat_pkt *pkt);
+
+/* Counts a session that lives away from the place of one of its tuples, from its beginning (or adoption) to its end. */
+enum nat_away { NAT_AWAY_BORROWED, NAT_AWAY_ADOPTED, NAT_AWAY_ENDS };
+void nat_away_count(struct nat_engine *e, const struct nat_session *s, enum nat_away away);
+/* The same of all of them, when nat_place() begins to say something else. */
+void nat_away_count_all(struct nat_engine *e, enum nat_away away);
 
 /* ---- sessions (session.c) ---- */
 

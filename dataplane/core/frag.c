@@ -44,6 +44,13 @@ size_t nat_frags_size(const struct nat_policy *policy)
 	       buckets_for((uint32_t)n) * sizeof(uint32_t);
 }
 
+/* A number that leaves this worker's remainder. */
+static uint16_t first_id(const struct nat_engine *e, uint16_t chance)
+{
+	const uint32_t id = chance - chance % e->n_workers + e->worker;
+	return (uint16_t)(id > UINT16_MAX ? e->worker : id);
+}
+
 void nat_frags_init(struct nat_engine *e, void *mem)
 {
 	struct nat_frags *f = &e->frags;
@@ -63,7 +70,7 @@ void nat_frags_init(struct nat_engine *e, void *mem)
 		f->free_held = i;
 	}
 	for (uint32_t i = 0; i < NAT_FRAG_IDS; i++)
-		f->next_id[i] = (uint16_t)nat_random_next(&e->random);
+		f->next_id[i] = first_id(e, (uint16_t)nat_random_next(&e->random));
 }
 
 static uint64_t hash_of(const struct nat_engine *e, uint32_t source_be, uint32_t destination_be,
@@ -219,6 +226,9 @@ void nat_frags_follow(struct nat_engine *e, struct nat_pkt *pkt)
 	const uint32_t source_be = nat_get32(pkt->l3 + NAT_IP_SOURCE),
 		       destination_be = nat_get32(pkt->l3 + NAT_IP_DESTINATION);
 	const uint16_t id_be = nat_get16(pkt->l3 + NAT_IP_ID);
+
+	if (e->workers && nat_handover_fragment(e, pkt))
+		return;
 	uint32_t i = find(e, source_be, destination_be, id_be, pkt->tuple.protocol);
 
 	if (i == NO_ENTRY) {
@@ -271,6 +281,8 @@ static void let_go(struct nat_engine *e, struct nat_frag_entry *entry)
 void nat_frags_lead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be,
 		    uint16_t id_be)
 {
+	if (e->workers && nat_handover_lead(e, pkt, source_be, destination_be, id_be))
+		return;
 	uint32_t i = find(e, source_be, destination_be, id_be, pkt->tuple.protocol);
 
 	if (i == NO_ENTRY)
@@ -313,7 +325,14 @@ void nat_frags_age(struct nat_engine *e)
 uint16_t nat_frags_id(struct nat_engine *e, uint32_t source_be, uint32_t destination_be, uint8_t protocol)
 {
 	const uint64_t hash = nat_hash64(&e->index.key, (uint64_t)source_be << 32 | destination_be, protocol);
-	return e->frags.next_id[hash % NAT_FRAG_IDS]++;
+	uint16_t *next = &e->frags.next_id[hash % NAT_FRAG_IDS];
+	const uint16_t id = *next;
+
+	/* Each worker has numbers of its own: those that leave the same remainder. */
+	*next = (uint16_t)(id + e->n_workers);
+	if (NAT_UNLIKELY(*next < id))
+		*next = (uint16_t)e->worker;
+	return id;
 }
 
 static bool must_be_cut(const struct nat_pkt *pkt)

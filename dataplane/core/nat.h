@@ -25,10 +25,12 @@
 
 #include "reason.h"
 
-#define NAT_BURST_MAX      64u /* packets in one nat_engine_run() */
-#define NAT_INTERFACES_MAX 64u
-#define NAT_WORKERS_MAX    64u
-#define NAT_NAME_MAX       32u /* interface, pool; with the closing zero */
+#define NAT_BURST_MAX       64u /* packets in one nat_engine_run() */
+#define NAT_INTERFACES_MAX  64u
+#define NAT_WORKERS_MAX     64u
+#define NAT_NAME_MAX        32u  /* interface, pool; with the closing zero */
+#define NAT_RSS_CLASSES_MAX 512u /* entries of a port's redirection table */
+#define NAT_RSS_KEY_BYTES   52u  /* the longest key of any port */
 #define NAT_MADE_BYTES_MAX                                                                                   \
 	576u /* RFC 1812 4.3.2.3: an ICMP error that the engine makes is at most this long */
 
@@ -118,6 +120,8 @@ struct nat_limits { /* 0: none */
 
 struct nat_config {
 	uint32_t workers; /* 0: auto */
+	uint32_t
+		n_workers; /* the number that really is, set by the program before nat_policy_init(); 0: as `workers` says */
 	uint64_t max_sessions;
 	const struct nat_interface_config *interfaces;
 	uint32_t n_interfaces;
@@ -153,6 +157,12 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 void nat_policy_set_active(struct nat_policy *policy, uint32_t pool, bool active);
 bool nat_policy_is_active(const struct nat_policy *policy, uint32_t pool);
 
+/* Is the pool's traffic spread over all workers, or kept by one? One worker, or many, makes no other difference. */
+bool nat_config_spreads(const struct nat_config *config, const struct nat_pool_config *pool);
+
+/* The worker that keeps the mappings of this host, for nat_engine_map(). */
+uint32_t nat_policy_worker_of_host(const struct nat_policy *policy, uint32_t host_be);
+
 /* Is this an address of a pool? Gives the pool's index, or -1. */
 int32_t nat_policy_pool_of(const struct nat_policy *policy, uint32_t address_be);
 
@@ -166,8 +176,24 @@ enum nat_verdict {
 	NAT_DROP,    /* free it */
 	NAT_HOLD, /* the core keeps `l3` and `cookie` until nat_engine_next() gives them back: do not touch or
 		     free */
-	NAT_HANDOVER, /* give it, unchanged, to worker `owner` */
+	NAT_HANDOVER, /* give it, unchanged and with its `flags` and `errand`, to worker `owner`, which may be the one
+			 that said so: it is to look again in its next round. In order: what is handed over from one
+			 worker to another first must arrive first */
 };
+
+/* Why a packet was handed over; counted apart. */
+enum nat_cause {
+	NAT_CAUSE_NO_RSS,   /* the port brought it to another worker than its hash says */
+	NAT_CAUSE_ICMP,     /* RSS does not look at identifiers, nor into errors */
+	NAT_CAUSE_FRAGMENT, /* nor for ports in fragments */
+	NAT_CAUSE_HAIRPIN,  /* from one host's worker to another's */
+	NAT_CAUSE_KEPT,     /* its pool is kept by one worker (endpoint-independent mapping, limits ...) */
+	NAT_CAUSE_AWAY,     /* its session was begun under another number of workers, or came from a peer */
+	NAT_CAUSE_BORROWED, /* its session has a port of another worker, or wants one */
+	NAT_CAUSE_QUEUE,    /* it came over the queue path */
+	NAT_CAUSE_COUNT
+};
+const char *nat_cause_name(enum nat_cause cause);
 
 /* What the shell knows of a packet, `flags` in. */
 #define NAT_PKT_IP_CSUM_GOOD 0x0001u /* the port has verified the IPv4 header checksum */
@@ -176,7 +202,16 @@ enum nat_verdict {
 		   CHECKSUM_PARTIAL, seen on tap and nfqueue): keep it partial */
 #define NAT_PKT_KERNEL_ROUTES                                                                                \
 	0x0004u /* the kernel forwards it: it decrements TTL and checks the MTU, the core does not */
-#define NAT_PKT_TAKEN_OVER 0x0008u /* another worker handed it over */
+#define NAT_PKT_TAKEN_OVER 0x0008u /* another worker handed it over: `errand` is what that one left there */
+
+/* What one worker tells another about a packet that it hands over: handover.c. The shell carries it. */
+struct nat_errand {
+	uint8_t kind, home, from, hops;
+	uint8_t reason, flags, cause, zero;
+	uint16_t id_be; /* of a fragment, as it came, like its addresses */
+	uint16_t zero2;
+	uint32_t source_be, destination_be;
+};
 
 /* Where a packet goes next. The shell fills it in nat_world.route(); the core copies it into the packet. */
 enum nat_hop_kind {
@@ -228,6 +263,7 @@ struct nat_pkt {
 	uint8_t stage_flags;
 	uint8_t tcp_flags;
 	uint16_t l4_bytes;
+	struct nat_errand errand; /* NAT_HANDOVER: for the owner; in with NAT_PKT_TAKEN_OVER */
 };
 
 _Static_assert(offsetof(struct nat_pkt, tuple) % 8 == 0, "hashed as two words");
@@ -259,6 +295,29 @@ size_t nat_table_size(uint64_t max_sessions);
 struct nat_table *nat_table_init(void *mem, size_t size_bytes, uint64_t max_sessions, uint64_t seed,
 				 bool *adopted, const char **why);
 
+/* ---- several workers: see workers.h ---- */
+
+struct nat_rss {                        /* how a port chooses the queue, and so the worker, of a packet */
+	uint8_t key[NAT_RSS_KEY_BYTES]; /* Toeplitz */
+	uint32_t n_classes;
+	uint8_t worker[NAT_RSS_CLASSES_MAX]; /* by the low bits of the hash */
+};
+
+/* Does some port lead to each class and each worker? Else it cannot be followed. */
+bool nat_rss_is_usable(const struct nat_rss *rss, uint32_t n_workers);
+
+struct nat_workers;
+
+/* What all engines of one gateway share, when there is more than one. `mem` is aligned to 64 bytes. `inside` and
+ * `outside` say how the ports of that role spread packets; NULL: in no way worth following. */
+size_t nat_workers_size(uint32_t n, uint64_t max_sessions);
+struct nat_workers *nat_workers_init(void *mem, uint32_t n, uint64_t max_sessions, uint64_t seed,
+				     const struct nat_rss *inside, const struct nat_rss *outside);
+
+/* The worker to which a port of that side with this RSS brings a packet. For programs without ports. */
+uint32_t nat_workers_queue(const struct nat_workers *workers, bool outside, const uint8_t *ip,
+			   uint32_t bytes);
+
 /* ---- the engine ---- */
 
 struct nat_engine;
@@ -272,11 +331,13 @@ struct nat_engine_params {
 	uint64_t now_ns;
 	uint32_t worker, n_workers;
 	bool replicate; /* there is a peer to tell: see replica.h */
+	struct nat_workers *workers; /* NULL with one worker */
 };
 
 size_t nat_engine_size(const struct nat_engine_params *params);
 
-/* `mem` is aligned to 64 bytes. Sessions that the table already holds for this worker are indexed again. */
+/* `mem` is aligned to 64 bytes. Sessions that the table already holds for this worker are indexed again. Engines of
+ * one table are made in the order of their numbers, before any of them runs. */
 struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *params);
 
 /* One burst, n <= NAT_BURST_MAX. On return every packet has a verdict. now_ns never runs backwards. */
@@ -429,6 +490,7 @@ enum { NAT_TRAFFIC_TCP, NAT_TRAFFIC_UDP, NAT_TRAFFIC_ICMP, NAT_TRAFFIC_KINDS };
 struct nat_counters {
 	uint64_t received, taken_over;
 	uint64_t forwarded, passed, handed_over, held;
+	uint64_t cause[NAT_CAUSE_COUNT];   /* of what was handed over */
 	uint64_t made;                     /* packets that the engine made itself */
 	uint64_t reason[NAT_REASON_COUNT]; /* drops by reason; passes by reason too (not part of `dropped`) */
 	uint64_t sessions_created, sessions_expired, sessions_closed;

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "workers.h"
+
 static uint32_t prefix_mask(uint8_t length_bits)
 {
 	return length_bits == 0 ? 0 : UINT32_MAX << (32 - length_bits);
@@ -71,7 +73,70 @@ static uint32_t slots_for(uint32_t n)
 
 static uint32_t workers_of(const struct nat_config *config)
 {
+	if (config->n_workers != 0)
+		return config->n_workers;
 	return config->workers == 0 ? 1 : config->workers;
+}
+
+/* ---- many workers ---- */
+
+bool nat_config_spreads(const struct nat_config *config, const struct nat_pool_config *pool)
+{
+	return pool->mapping == NAT_ENDPOINT_DEPENDENT && pool->select == NAT_SELECT_ROUND_ROBIN &&
+	       pool->block_ports == 0 && pool->deterministic.length_bits == 0 &&
+	       config->limits.sessions_per_host == 0 && config->limits.new_per_host_per_s == 0;
+}
+
+static uint64_t digest(uint64_t sum, uint64_t value)
+{
+	return nat_multiply_fold(sum ^ value, UINT64_C(0x9e3779b97f4a7c15)) + value;
+}
+
+/* By name: pools may change their order under live sessions. */
+static uint8_t keeper_of(const struct nat_config *config, const struct nat_pool_config *pool)
+{
+	uint64_t sum = 1;
+
+	if (workers_of(config) == 1)
+		return 0;
+	if (nat_config_spreads(config, pool))
+		return NAT_SPREAD;
+	for (const char *c = pool->name; *c; c++)
+		sum = digest(sum, (uint8_t)*c);
+	return (uint8_t)(sum % workers_of(config));
+}
+
+static void digest_places(struct nat_policy *p)
+{
+	uint64_t sum = 1;
+
+	for (uint32_t i = 0; i < p->n_addresses; i++)
+		sum = digest(sum,
+			     (uint64_t)p->address[i].address_be << 8 | p->pool[p->address[i].pool].keeper);
+	for (uint32_t i = 0; i < p->n_zones; i++) {
+		const struct nat_zone_config *zone = &p->zone[i].config;
+		sum = digest(sum, (uint64_t)zone->source.address << 32 | zone->destination.address);
+		sum = digest(sum, (uint64_t)zone->source.length_bits << 8 | zone->destination.length_bits);
+		sum = digest(sum, zone->action == NAT_ACTION_POOL ? p->pool[zone->pool].keeper
+								  : 256u + zone->action);
+	}
+	for (uint32_t i = 0; i < p->n_statics; i++) {
+		const struct nat_static *s = &p->statics[i];
+		sum = digest(sum, (uint64_t)s->inside_be << 32 | s->outside_be);
+		sum = digest(sum, (uint64_t)s->inside_port_be << 32 | (uint64_t)s->outside_port_be << 8 |
+					  s->protocol);
+	}
+	p->places = sum;
+}
+
+uint32_t nat_policy_worker_of_host(const struct nat_policy *policy, uint32_t host_be)
+{
+	const uint32_t zone = nat_policy_zone(policy, NAT_NTOH32(host_be), 0);
+	uint8_t keeper = NAT_SPREAD;
+
+	if (zone != NAT_NO_ZONE && policy->zone[zone].config.action == NAT_ACTION_POOL)
+		keeper = policy->pool[policy->zone[zone].config.pool].keeper;
+	return keeper == NAT_SPREAD ? 0 : keeper; /* there is nothing to ask for */
 }
 
 /* Boundaries: 0, each first, each last + 1. Sorted, without doubles. At most 2 * n_zones + 1. */
@@ -428,12 +493,16 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 	for (uint32_t i = 0; i < config->n_interfaces; i++) {
 		p->role[i] = (uint8_t)config->interfaces[i].role;
 		p->silent[i] = config->interfaces[i].silent;
+		p->from_queue[i] = config->interfaces[i].path == NAT_PATH_NFQUEUE;
 	}
-	for (uint32_t i = 0, turns = 0; i < config->n_pools; i++)
+	for (uint32_t i = 0, turns = 0; i < config->n_pools; i++) {
 		build_pool(p, i, &config->pools[i], &turns);
+		p->pool[i].keeper = keeper_of(config, &config->pools[i]);
+	}
 	find_address_span(p);
 	build_zones(p, config);
 	build_statics(p, config);
+	digest_places(p);
 	for (uint32_t i = 0; previous && i < p->n_pools; i++)
 		for (uint32_t k = 0; k < previous->n_pools; k++)
 			if (strcmp(p->pool[i].name, previous->pool[k].name) == 0 &&

@@ -46,6 +46,7 @@ struct nat_pool {
 	uint16_t port_first, port_last;
 	uint16_t id; /* stable, from the table's header */
 	uint8_t mapping, filtering, select, announce, log;
+	uint8_t keeper; /* the worker that has all its packets, or NAT_SPREAD: see workers.h */
 	uint32_t active_while_be;
 	_Atomic bool active;
 };
@@ -116,6 +117,8 @@ struct nat_policy {
 	uint8_t tcp_midflow, refusal;
 	bool pass_other_protocols;
 	bool has_pass_zone;
+	bool from_queue[NAT_INTERFACES_MAX];
+	uint64_t places;        /* digest of all that nat_place() depends on */
 	_Atomic uint32_t bound; /* 0 new, 1 being bound, 2 stable ids are in */
 };
 

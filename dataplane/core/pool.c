@@ -179,6 +179,35 @@ static struct span class_of(struct span all, uint16_t like_be)
 	return (struct span){WELL_KNOWN, all.last};
 }
 
+/* ---- ports that lead back to this worker (workers.h) ---- */
+
+struct ours {
+	const struct nat_spread *spread; /* NULL: all of them */
+	uint32_t rest;                   /* of the replies' hash: all but the port */
+	uint32_t worker;
+};
+
+static struct ours ours_of(const struct nat_engine *e, const struct nat_tuple *outside)
+{
+	struct ours ours = {.worker = e->worker};
+
+	if (NAT_LIKELY(!e->workers))
+		return ours;
+	const uint32_t address = nat_policy_address(e->policy, outside->local_be);
+	if (e->policy->pool[e->policy->address[address].pool].keeper != NAT_SPREAD)
+		return ours;
+	ours.spread = &e->workers->spread[1];
+	ours.rest = nat_spread_rest(ours.spread, outside);
+	return ours;
+}
+
+static bool is_ours(const struct ours *ours, uint32_t port)
+{
+	return NAT_LIKELY(!ours->spread) ||
+	       nat_spread_worker(ours->spread, ours->rest ^ nat_spread_port(ours->spread, 1, port)) ==
+		       ours->worker;
+}
+
 /* ---- words ---- */
 
 static bool has_bit(const uint64_t *bits, uint32_t i)
@@ -217,10 +246,16 @@ static bool is_forwarded(const struct nat_engine *e, const struct nat_tuple *out
 static void learn_word(struct nat_engine *e, struct nat_portset *set, uint32_t word,
 		       const struct nat_tuple *outside)
 {
+	const struct ours ours = ours_of(e, outside);
 	struct nat_tuple tuple = *outside;
-	uint64_t hash[64], taken = 0;
+	uint64_t hash[64], taken = 0; /* a port that is not ours is as good as taken */
 
+	for (uint32_t bit = 0; bit < 64 && ours.spread; bit++)
+		if (!is_ours(&ours, word * 64 + bit))
+			taken |= UINT64_C(1) << bit;
 	for (uint32_t bit = 0; bit < 64; bit++) {
+		if (taken >> bit & 1)
+			continue;
 		tuple.local_port_be = NAT_HTON16(word * 64 + bit);
 		hash[bit] = nat_tuple_hash(&e->index.key, &tuple);
 		NAT_PREFETCH(nat_index_bucket(&e->index, hash[bit]));
@@ -327,22 +362,42 @@ static uint32_t port_by(uint32_t chance, struct span span, bool parity, uint16_t
 	return port;
 }
 
-uint16_t nat_port_forecast(const struct nat_engine *e, uint32_t ahead, uint16_t first, uint16_t last,
-			   bool alike, uint16_t like_be)
+/* The same, and one of this worker's: further numbers are made of the first, which nobody knows. 0: none was met. */
+static uint32_t port_of_ours(const struct ours *ours, uint32_t chance, struct span span, bool parity,
+			     uint16_t like_be)
+{
+	uint32_t port = port_by(chance, span, parity, like_be);
+
+	if (NAT_LIKELY(!ours->spread) || port == 0)
+		return port;
+	uint64_t more = chance;
+	for (uint32_t try = 0; !is_ours(ours, port); try++) {
+		if (try == NAT_PORT_TRIES)
+			return 0;
+		more = nat_multiply_fold(more ^ UINT64_C(0x2545f4914f6cdd1d), UINT64_C(0x9e3779b97f4a7c15));
+		port = port_by((uint32_t)more, span, parity, like_be);
+	}
+	return port;
+}
+
+uint16_t nat_port_forecast(const struct nat_engine *e, const struct nat_tuple *outside, uint32_t ahead,
+			   uint16_t first, uint16_t last, bool alike, uint16_t like_be)
 {
 	const struct span all = {first, last}, span = alike ? class_of(all, like_be) : all;
+	const struct ours ours = ours_of(e, outside);
 	const uint64_t chance = nat_sip64(&e->random.key, e->random.counter + ahead);
-	return NAT_HTON16(port_by((uint32_t)chance, span, alike, like_be));
+	return NAT_HTON16(port_of_ours(&ours, (uint32_t)chance, span, alike, like_be));
 }
 
 static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, struct span span, bool parity,
 		     uint16_t like_be)
 {
+	const struct ours ours = ours_of(e, outside);
 	uint64_t chance = 0;
 
 	for (uint32_t probe = 0; probe < NAT_PORT_PROBES; probe++) {
 		chance = probe % 2 == 0 ? nat_random_next(&e->random) : chance >> 32;
-		const uint32_t port = port_by((uint32_t)chance, span, parity, like_be);
+		const uint32_t port = port_of_ours(&ours, (uint32_t)chance, span, parity, like_be);
 		if (port == 0)
 			continue;
 		outside->local_port_be = NAT_HTON16(port);

@@ -12,6 +12,9 @@
  * from then on. A summary of full words leads to a word with room, so the cost of an allocation does not grow
  * with use.
  *
+ * With several workers the ports of a spread pool are divided: each worker takes those whose replies come to it
+ * (workers.h), and to its port sets all others are taken.
+ *
  * A port set is a cache: it may be thrown away at any time. A record that a set knows is marked
  * NAT_RECORD_TRACKED, so that its end is reported to the set; records of cold pairs never pay for that.
  */
@@ -24,7 +27,8 @@
 
 #define NAT_PORT_WORDS  1024u /* 65536 ports in words of 64 */
 #define NAT_PORT_PROBES 8u
-#define NAT_ALIKE_WORDS 32u /* looked at for a port of the wanted parity and class */
+#define NAT_PORT_TRIES  256u /* of one probe, for a port that leads back to this worker */
+#define NAT_ALIKE_WORDS 32u  /* looked at for a port of the wanted parity and class */
 
 struct nat_portset {
 	uint32_t address_be, remote_be;
@@ -71,8 +75,8 @@ uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t
 
 /* The port that the next call but `ahead` will look at first, if those before it take the first one they look
  * at. Changes nothing. */
-uint16_t nat_port_forecast(const struct nat_engine *e, uint32_t ahead, uint16_t first, uint16_t last,
-			   bool alike, uint16_t like_be);
+uint16_t nat_port_forecast(const struct nat_engine *e, const struct nat_tuple *outside, uint32_t ahead,
+			   uint16_t first, uint16_t last, bool alike, uint16_t like_be);
 
 /* This port is taken, by somebody who has not asked: a session that comes from a peer. True: tracked, as above. */
 bool nat_port_claim(struct nat_engine *e, const struct nat_tuple *outside);

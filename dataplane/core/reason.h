@@ -67,6 +67,7 @@
 	NAT_REASON(TWIN_FULL, "twin_full", DROP, "the kernel twin's queue was full or its rate limit was reached", "a flood towards the gateway itself") \
 	NAT_REASON(NO_BUFFER, "no_buffer", DROP, "no packet buffer left", "raise the number of buffers") \
 	NAT_REASON(HANDOVER_FULL, "handover_full", DROP, "the owning worker's ring was full", "a worker is overloaded") \
+	NAT_REASON(HANDOVER_LOST, "handover_lost", DROP, "workers handed it to each other without end", "expected for a moment after a reload; else a fault of the engine") \
 	NAT_REASON(LINK_DOWN, "link_down", DROP, "the outgoing port has no link", "check the cable")
 /* clang-format on */
 

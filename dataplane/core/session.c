@@ -117,15 +117,55 @@ void nat_table_bind(struct nat_table *table, struct nat_policy *policy)
 
 /* ---- free records ---- */
 
+/* A list of the records that this worker has too many of, for whoever has too few. */
+static void share_free(struct nat_engine *e)
+{
+	struct nat_workers *workers = e->workers;
+	const uint32_t n = workers->free_list_records, first = e->free_record[e->n_free - n];
+	uint64_t head = atomic_load(&workers->free_lists), next;
+
+	for (uint32_t i = 0; i < n; i++) {
+		const uint32_t record = e->free_record[e->n_free - n + i];
+		e->record[record].next = i + 1 < n ? e->free_record[e->n_free - n + i + 1] : NAT_NO_RECORD;
+	}
+	e->n_free -= n;
+	do {
+		e->record[first].previous = (uint32_t)head;
+		next = ((head >> 32) + 1) << 32 | (first + 1);
+	} while (!atomic_compare_exchange_weak(&workers->free_lists, &head, next));
+}
+
+static bool take_shared(struct nat_engine *e)
+{
+	struct nat_workers *workers = e->workers;
+	uint64_t head = atomic_load(&workers->free_lists), next;
+	uint32_t record;
+
+	do {
+		if ((uint32_t)head == 0)
+			return false;
+		record = (uint32_t)head - 1;
+		/* may be in use again by now: then the count has moved on, and the exchange fails */
+		next = ((head >> 32) + 1) << 32 | e->record[record].previous;
+	} while (!atomic_compare_exchange_weak(&workers->free_lists, &head, next));
+	for (; record != NAT_NO_RECORD && e->n_free < e->free_room; record = e->record[record].next)
+		e->free_record[e->n_free++] = record;
+	return true;
+}
+
 static void give_back(struct nat_engine *e, uint32_t record)
 {
 	/* More than this worker may use: after a restart with more workers one can own too many. */
 	if (e->n_free < e->free_room)
 		e->free_record[e->n_free++] = record;
+	if (e->workers && e->n_free >= 2 * e->workers->free_list_records)
+		share_free(e);
 }
 
 static bool lease_chunk(struct nat_engine *e)
 {
+	if (e->workers && take_shared(e))
+		return true;
 	uint32_t chunk = atomic_fetch_add(&e->table->chunks_leased, 1);
 	if (chunk >= e->table->n_chunks) {
 		atomic_store(&e->table->chunks_leased, e->table->n_chunks);
@@ -266,6 +306,8 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 		nat_replica_begins(e, record);
 	nat_wheel_hang(e, record);
 	count_session(e, s, 1);
+	if (e->workers)
+		nat_away_count(e, s, NAT_AWAY_BORROWED);
 	e->counters.sessions_created++;
 	e->counters.traffic[nat_traffic_kind(s->inside.protocol)].sessions_created++;
 	if (s->flags & NAT_RECORD_PERMITS)
@@ -340,6 +382,8 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 	if (NAT_UNLIKELY(e->replicas.n_words))
 		nat_replica_ends(e, record);
 	count_session(e, &gone, -1);
+	if (e->workers)
+		nat_away_count(e, &gone, NAT_AWAY_ENDS);
 	nat_host_remove(e, gone.inside.local_be, gone.out_addr_be);
 	if (gone.flags & NAT_RECORD_PERMITS)
 		remove_permit(e, &gone);
@@ -487,12 +531,16 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 	if (s->timer == NAT_TIMER_FREE || is_mapping != mappings)
 		return;
 	const struct nat_tuple outside = nat_session_outside(s);
+	if (is_sound(s) && e->workers && nat_place(e, &outside) != e->worker)
+		return; /* another's, now if not before */
 	if (!is_sound(s) ||
 	    nat_index_find(&e->index, &s->inside, nat_tuple_hash(&e->index.key, &s->inside)) !=
 		    NAT_NO_RECORD ||
 	    nat_index_find(&e->index, &outside, nat_tuple_hash(&e->index.key, &outside)) != NAT_NO_RECORD ||
 	    e->records_left == 0 || !index_both(e, record)) {
 		s->timer = NAT_TIMER_FREE;
+		if (e->worker != 0)
+			give_back(e, record);
 		return;
 	}
 	e->records_left--;
@@ -515,6 +563,8 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 	}
 	nat_wheel_hang(e, record);
 	count_session(e, s, 1);
+	if (e->workers)
+		nat_away_count(e, s, NAT_AWAY_ADOPTED);
 	uint32_t mapping = under_mapping(s) ? nat_session_mapping(e, s) : NAT_NO_RECORD;
 	if (mapping == NAT_NO_RECORD)
 		s->flags &= (uint8_t)~NAT_RECORD_UNDER_MAPPING;
@@ -531,23 +581,22 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 void nat_session_adopt(struct nat_engine *e)
 {
 	const uint32_t leased = atomic_load(&e->table->chunks_leased);
-	const uint8_t *owner = nat_table_owners(e->table);
 
 	/* Mappings first: sessions look for theirs. Free records last, when those that were refused are
-	 * known. */
+	 * known: the first worker finds them, and shares what it has too many of. */
 	for (int pass = 0; pass < 3; pass++)
-		for (uint32_t chunk = 0; chunk < leased && chunk < e->table->n_chunks; chunk++) {
-			if (owner[chunk] % e->n_workers != e->worker)
-				continue;
+		for (uint32_t chunk = 0; chunk < leased && chunk < e->table->n_chunks; chunk++)
 			for (uint32_t i = NAT_CHUNK; i-- > 0;) {
 				uint32_t record = chunk * NAT_CHUNK + i;
 				struct nat_session *s = &e->record[record];
-				if (pass < 2)
+				if (pass < 2) {
 					adopt_record(e, record, pass == 0);
-				else if (s->timer == NAT_TIMER_FREE)
-					give_back(e, record);
-				else if ((s->flags & NAT_RECORD_MAPPING) && s->timer != NAT_TIMER_HOLD)
+				} else if (s->timer == NAT_TIMER_FREE) {
+					if (e->worker == 0)
+						give_back(e, record);
+				} else if (s->worker == e->worker && (s->flags & NAT_RECORD_MAPPING) &&
+					   s->timer != NAT_TIMER_HOLD) {
 					nat_session_leave(e, record);
+				}
 			}
-		}
 }

@@ -107,13 +107,9 @@ static inline void testbed_stop(struct testbed *t, bool keep_table)
 	}
 }
 
-/* A UDP packet of 28 bytes in `bytes`; gives its verdict. */
-static inline struct nat_pkt testbed_udp(struct testbed *t, uint8_t *bytes, uint8_t iface, uint32_t source,
-					 uint16_t source_port, uint32_t destination,
-					 uint16_t destination_port, uint64_t now_ns)
+static inline void testbed_write_udp(uint8_t *bytes, uint32_t source, uint16_t source_port,
+				     uint32_t destination, uint16_t destination_port)
 {
-	struct nat_pkt pkt = {.l3 = bytes, .len_bytes = 28, .iface = iface};
-
 	memset(bytes, 0, 28);
 	bytes[0] = 0x45;
 	nat_write16(bytes + NAT_IP_LENGTH, 28);
@@ -125,6 +121,16 @@ static inline struct nat_pkt testbed_udp(struct testbed *t, uint8_t *bytes, uint
 	nat_write16(bytes + 20, source_port);
 	nat_write16(bytes + 22, destination_port);
 	nat_write16(bytes + 24, 8);
+}
+
+/* A UDP packet of 28 bytes in `bytes`; gives its verdict. */
+static inline struct nat_pkt testbed_udp(struct testbed *t, uint8_t *bytes, uint8_t iface, uint32_t source,
+					 uint16_t source_port, uint32_t destination,
+					 uint16_t destination_port, uint64_t now_ns)
+{
+	struct nat_pkt pkt = {.l3 = bytes, .len_bytes = 28, .iface = iface};
+
+	testbed_write_udp(bytes, source, source_port, destination, destination_port);
 	nat_engine_run(t->e, &pkt, 1, now_ns);
 	return pkt;
 }

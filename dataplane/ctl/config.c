@@ -345,6 +345,26 @@ void config_free(struct config *config)
 
 /* ---- reload ---- */
 
+/* With several workers a pool is spread over all of them or kept by one (core/workers.h): its sessions cannot move. */
+static bool pools_stay(const struct nat_config *a, const struct nat_config *b, char *why, size_t why_bytes)
+{
+	if (a->n_workers <= 1)
+		return true;
+	for (uint32_t i = 0; i < a->n_pools; i++)
+		for (uint32_t k = 0; k < b->n_pools; k++) {
+			if (strcmp(a->pools[i].name, b->pools[k].name) != 0 ||
+			    nat_config_spreads(a, &a->pools[i]) == nat_config_spreads(b, &b->pools[k]))
+				continue;
+			snprintf(why, why_bytes,
+				 "pool \"%s\" would change between all workers and one (mapping, select, "
+				 "blocks, "
+				 "deterministic or limits); restart dsnatd for that, sessions live on",
+				 a->pools[i].name);
+			return false;
+		}
+	return true;
+}
+
 bool config_can_follow(const struct config *running, const struct config *next, char *why, size_t why_bytes)
 {
 	const struct nat_config *a = &running->nat, *b = &next->nat;
@@ -377,5 +397,5 @@ bool config_can_follow(const struct config *running, const struct config *next, 
 			 (unsigned long long)a->max_sessions, (unsigned long long)b->max_sessions);
 		return false;
 	}
-	return true;
+	return pools_stay(a, b, why, why_bytes);
 }

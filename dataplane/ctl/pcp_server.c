@@ -38,12 +38,17 @@ static void run_address(struct nat_engine *e, uint64_t now_ns, void *argument)
 	job->known = nat_engine_public_address(e, job->host_be, &job->address_be);
 }
 
+static uint32_t worker_of(const struct request_ops *ops, uint32_t host_be)
+{
+	return nat_policy_worker_of_host(ops->policy(ops->context), host_be);
+}
+
 static bool map(void *context, struct nat_map *ask, enum nat_map_result *result)
 {
 	const struct request_ops *ops = context;
 	struct map_job job = {.ask = ask};
 
-	if (!ops->on_worker(ops->context, 0, run_map, &job))
+	if (!ops->on_worker(ops->context, worker_of(ops, ask->host_be), run_map, &job))
 		return false;
 	*result = job.result;
 	return true;
@@ -54,7 +59,7 @@ static bool public_address(void *context, uint32_t host_be, uint32_t *address_be
 	const struct request_ops *ops = context;
 	struct map_job job = {.host_be = host_be};
 
-	if (!ops->on_worker(ops->context, 0, run_address, &job) || !job.known)
+	if (!ops->on_worker(ops->context, worker_of(ops, host_be), run_address, &job) || !job.known)
 		return false;
 	*address_be = job.address_be;
 	return true;

@@ -262,27 +262,32 @@ static void try_packet(struct nat_engine *e, uint64_t now_ns, void *argument)
 static bool ask_worker(struct request_context *c, struct explanation *x, uint32_t worker, uint8_t iface,
 		       uint16_t flags, struct nat_policy *candidate)
 {
+	const struct nat_errand errand = x->trial.pkt.errand;
+
 	memcpy(x->bytes, x->given, x->len_bytes);
-	x->trial = (struct nat_trial){
-		.candidate = candidate,
-		.pkt = {.l3 = x->bytes, .len_bytes = x->len_bytes, .iface = iface, .flags = flags}};
+	x->trial = (struct nat_trial){.candidate = candidate,
+				      .pkt = {.l3 = x->bytes,
+					      .len_bytes = x->len_bytes,
+					      .iface = iface,
+					      .flags = flags,
+					      .errand = errand}};
 	x->worker = worker;
 	return request_on_worker(c, worker, try_packet, x);
 }
 
+/* The packet may come to any worker: each knows who is the right one, as it would of the packet itself. */
 static bool try_on_workers(struct request_context *c, struct explanation *x, uint8_t iface, uint16_t flags,
 			   struct nat_policy *candidate)
 {
-	for (uint32_t w = 0; w < c->ops->n_workers; w++) {
-		if (!ask_worker(c, x, w, iface, flags, candidate))
+	uint32_t worker = 0;
+
+	do {
+		if (!ask_worker(c, x, worker, iface, flags, candidate))
 			return false;
-		if (x->trial.pkt.verdict == NAT_HANDOVER)
-			return ask_worker(c, x, x->trial.pkt.owner, iface,
-					  (uint16_t)(flags | NAT_PKT_TAKEN_OVER), candidate);
-		if (x->trial.found || x->trial.over_mapping)
-			return true;
-	}
-	return c->ops->n_workers == 1 || ask_worker(c, x, 0, iface, flags, candidate);
+		worker = x->trial.pkt.owner;
+		flags |= NAT_PKT_TAKEN_OVER;
+	} while (x->trial.pkt.verdict == NAT_HANDOVER && worker != x->worker);
+	return true;
 }
 
 static json_t *packet_json(const struct explanation *x, uint8_t iface, const uint8_t *bytes,
@@ -347,8 +352,9 @@ static int interface_named(const struct nat_config *nat, const char *name)
 	return -1;
 }
 
-static struct nat_policy *candidate_policy(struct request_context *c, const struct config *next)
+static struct nat_policy *candidate_policy(struct request_context *c, struct config *next)
 {
+	next->nat.n_workers = c->ops->n_workers;
 	const size_t bytes = (nat_policy_size(&next->nat) + 63) & ~(size_t)63;
 	void *memory = aligned_alloc(64, bytes);
 

@@ -43,6 +43,8 @@ static void add_counters(struct nat_counters *sum, const struct nat_counters *n)
 	sum->passed += n->passed;
 	sum->handed_over += n->handed_over;
 	sum->held += n->held;
+	for (unsigned i = 0; i < NAT_CAUSE_COUNT; i++)
+		sum->cause[i] += n->cause[i];
 	sum->made += n->made;
 	sum->events_lost += n->events_lost;
 	sum->sessions_created += n->sessions_created;
@@ -107,7 +109,7 @@ static json_t *traffic_json(const struct nat_traffic *t)
 static json_t *counters_json(const struct nat_counters *n)
 {
 	uint64_t bytes_out = 0, bytes_in = 0;
-	json_t *reasons = json_object(), *all;
+	json_t *reasons = json_object(), *causes, *all;
 
 	for (unsigned i = 0; i < NAT_REASON_COUNT; i++)
 		if (i != NAT_REASON_OK)
@@ -127,6 +129,10 @@ static json_t *counters_json(const struct nat_counters *n)
 			request_number(n->sessions_expired), "sessions_closed",
 			request_number(n->sessions_closed), "bytes_out", request_number(bytes_out),
 			"bytes_in", request_number(bytes_in), "reasons", reasons);
+	causes = json_object();
+	for (unsigned i = 0; i < NAT_CAUSE_COUNT; i++)
+		json_object_set_new(causes, nat_cause_name((enum nat_cause)i), request_number(n->cause[i]));
+	json_object_set_new(all, "handed_over_by_cause", causes);
 	json_object_set_new(all, "traffic",
 			    json_pack("{s:o, s:o, s:o}", "tcp", traffic_json(&n->traffic[NAT_TRAFFIC_TCP]),
 				      "udp", traffic_json(&n->traffic[NAT_TRAFFIC_UDP]), "icmp",

@@ -1,5 +1,8 @@
 """Random traffic through the engine and through tests/oracle.py: they must agree packet for packet.
 
+So must 2, 3 and 5 workers, whether packets come to them as a NIC with RSS would bring them, in turns, or all
+to one; but for the turns of addresses, of which each worker has its own.
+
 Hypothesis makes the traffic and, when the two disagree, the shortest one that still shows it. `--seed` gives
 other traffic. The pool is so small that it runs out of ports all the time.
 """
@@ -67,23 +70,29 @@ def build(protocol: int, flow: str, ident: int, flags: str, *, request: bool) ->
     return (ping if request else pong)(addresses, ident=ident)
 
 
+WORKERS = [(1, "rss", 80), (2, "rss", 20), (3, "turns", 20), (5, "rss", 20), (5, "one", 20)]
+
+
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize(("workers", "spread", "examples"), WORKERS)
 def test_random_traffic_is_answered_as_the_oracle_says(
-    program: Callable[[str], Path], tmp_path: Path, seed: int
+    program: Callable[[str], Path], tmp_path: Path, seed: int, workers: int, spread: str, examples: int
 ) -> None:
     config = tmp_path / "dsnatd.yaml"
     config.write_text(CONFIG)
+    options = ["--workers", str(workers), "--spread", spread]
 
     @hypothesis.seed(seed)
-    @hypothesis.settings(max_examples=80, deadline=None, database=None, print_blob=False)
+    @hypothesis.settings(max_examples=examples, deadline=None, database=None, print_blob=False)
     @hypothesis.given(traffic)
     def agree(steps: list[tuple[Any, ...]]) -> None:
-        oracle = Oracle(ADDRESSES, PORTS)
+        oracle = Oracle(ADDRESSES, PORTS, workers=workers)
 
         def one(interface: str, raw: bytes) -> None:
             oracle.check(bench.now_ns, interface, raw, bench.send(raw, on=interface))
 
-        with Bench(program("dsnat-replay"), config, seed=seed, log=tmp_path / "replay.log") as bench:
+        log = tmp_path / "replay.log"
+        with Bench(program("dsnat-replay"), config, seed=seed, log=log, options=options) as bench:
             for kind, *what in steps:
                 if kind == "wait":
                     bench.wait(what[0])
@@ -98,6 +107,8 @@ def test_random_traffic_is_answered_as_the_oracle_says(
                     flow = " > ".join(ends if kind == "out" else reversed(ends))
                     raw = build(protocol, flow, port, tcp_flags, request=kind == "out")
                     one("inside0" if kind == "out" else "outside0", raw)
+            oracle.check_sessions(bench.now_ns, bench.sessions())
+            assert bench.ctl(cmd="show", what="counters")["equation"]
             assert bench.close() == 0
         refused.append(oracle.refused)
 

@@ -64,13 +64,17 @@ class GatewayLife(RuleBasedStateMachine):
         first=st.sampled_from([5000, 6399]),
         limit=st.sampled_from([0, 0, 0, 4]),
         hold_s=st.sampled_from([0, 10, 120]),
+        workers=st.sampled_from([1, 1, 1, 2, 3, 5]),
+        spread=st.sampled_from(["rss", "turns"]),
     )
-    def begin(self, kind: str, n_ports: int, first: int, limit: int, hold_s: int) -> None:
+    def begin(
+        self, kind: str, n_ports: int, first: int, limit: int, hold_s: int, workers: int, spread: str
+    ) -> None:
         self.kind, self.ports, self.limit, self.hold_s = kind, range(first, first + n_ports), limit, hold_s
         self.drain: list[str] = []
         self.ident = 0
         self.oracle = (
-            Oracle(ADDRESSES, self.ports, sessions_per_host=limit)
+            Oracle(ADDRESSES, self.ports, sessions_per_host=limit, workers=1 if limit else workers)
             if kind == KINDS[0]
             else EndpointIndependentOracle(
                 ADDRESSES, self.ports, filtering=kind, hold_s=hold_s, sessions_per_host=limit
@@ -78,7 +82,11 @@ class GatewayLife(RuleBasedStateMachine):
         )
         self.write_config()
         self.bench = Bench(
-            self.program, self.directory / "life.yaml", seed=self.seed, log=self.directory / "life.log"
+            self.program,
+            self.directory / "life.yaml",
+            seed=self.seed,
+            log=self.directory / "life.log",
+            options=["--workers", str(workers), "--spread", spread],
         )
         self.bench.ctl(cmd="version")  # it has read the file, which a reload may now write anew
 

@@ -4,8 +4,8 @@
  * The core may keep it (NAT_HOLD): the block is then the cookie that comes back from nat_engine_next(). All
  * others are freed when the next packet is given.
  *
- * With more than one worker a packet goes to the worker that a hash of its addresses chooses, and
- * NAT_HANDOVER is followed at once: there are no rings, so nothing is ever in one.
+ * With more than one worker a packet comes to the one that a NIC with RSS would choose, or for --spread to another,
+ * and NAT_HANDOVER is followed at once: there are no rings, so nothing is ever in one.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +13,8 @@
 #include <time.h>
 
 #include "replay.h"
+
+#define HANDOVERS_MAX 1000u
 
 struct block {                         /* a packet that came in */
 	struct block *previous, *next; /* in bench.live or, with next alone, in bench.done */
@@ -36,9 +38,12 @@ struct bench {
 	struct world *world;
 	struct nat_table *table;
 	struct nat_policy *policy;
-	struct memory table_memory, policy_memory, old_policy_memory, engine_memory[NAT_WORKERS_MAX];
+	struct memory table_memory, policy_memory, old_policy_memory, workers_memory,
+		engine_memory[NAT_WORKERS_MAX];
 	struct nat_engine *engine[NAT_WORKERS_MAX];
-	uint32_t n_workers;
+	struct nat_workers *workers; /* NULL: there is one */
+	uint32_t n_workers, turn;
+	enum spread spread;
 	uint64_t now_ns;
 	struct block *live; /* given to the core, and not back yet */
 	struct block *done; /* freed before the next packet */
@@ -203,23 +208,26 @@ const struct outcome *bench_tick(struct bench *bench, uint64_t now_ns)
 	return end(bench, NAT_PASS, NAT_REASON_OK);
 }
 
-/* The queue a NIC would choose. Any function of the packet will do. */
-static uint32_t spread(const struct bench *bench, const uint8_t *bytes, uint32_t len_bytes)
+/* The worker that a packet comes to. */
+static uint32_t receiver(struct bench *bench, uint8_t iface, const uint8_t *bytes, uint32_t len_bytes)
 {
-	uint64_t addresses = 0;
-
-	if (bench->n_workers == 1 || len_bytes < 20)
+	if (bench->n_workers == 1 || bench->spread == SPREAD_ONE)
 		return 0;
-	memcpy(&addresses, bytes + 12, sizeof(addresses));
-	return (uint32_t)((addresses * UINT64_C(0x9e3779b97f4a7c15) >> 32) % bench->n_workers);
+	if (bench->spread == SPREAD_TURNS)
+		return bench->turn++ % bench->n_workers;
+	return nat_workers_queue(bench->workers,
+				 bench->config->nat.interfaces[iface].role == NAT_ROLE_OUTSIDE, bytes,
+				 len_bytes);
 }
 
 const struct outcome *bench_packet(struct bench *bench, uint64_t now_ns, uint8_t iface, uint16_t flags,
 				   int worker, const uint8_t *bytes, uint32_t len_bytes)
 {
 	struct block *block = malloc(sizeof(*block) + len_bytes);
-	uint32_t at = worker < 0 ? spread(bench, bytes, len_bytes) : (uint32_t)worker % bench->n_workers;
+	uint32_t at =
+		worker < 0 ? receiver(bench, iface, bytes, len_bytes) : (uint32_t)worker % bench->n_workers;
 	struct nat_pkt pkt = {.len_bytes = len_bytes, .flags = flags, .iface = iface};
+	uint32_t handovers = 0;
 
 	if (!block)
 		abort();
@@ -235,14 +243,15 @@ const struct outcome *bench_packet(struct bench *bench, uint64_t now_ns, uint8_t
 	pkt.cookie = block;
 	nat_engine_run(bench->engine[at], &pkt, 1, bench->now_ns);
 	while (pkt.verdict == NAT_HANDOVER) {
-		uint32_t owner = pkt.owner;
-
+		if (++handovers > HANDOVERS_MAX)
+			abort(); /* the engine's fault: its own limit is lower */
 		drain(bench, at);
-		at = owner;
+		at = pkt.owner;
 		pkt = (struct nat_pkt){.l3 = block->bytes,
 				       .cookie = block,
 				       .len_bytes = len_bytes,
-				       .flags = (uint16_t)(flags | NAT_PKT_TAKEN_OVER),
+				       .flags = pkt.flags | NAT_PKT_TAKEN_OVER,
+				       .errand = pkt.errand,
 				       .iface = iface};
 		nat_engine_run(bench->engine[at], &pkt, 1, bench->now_ns);
 	}
@@ -289,8 +298,10 @@ static bool apply(void *context, struct config *next, char *why, size_t why_byte
 {
 	struct bench *bench = context;
 	struct memory memory = {0};
-	struct nat_policy *policy = make_policy(&memory, &next->nat, bench->policy);
+	struct nat_policy *policy;
 
+	next->nat.n_workers = bench->n_workers;
+	policy = make_policy(&memory, &next->nat, bench->policy);
 	if (!policy) {
 		snprintf(why, why_bytes, "there is no memory for the new configuration; make it smaller");
 		return false;
@@ -369,7 +380,7 @@ void bench_follow_addresses(struct bench *bench)
 
 static bool make_engines(struct bench *bench, uint64_t seed)
 {
-	const struct nat_config *config = &bench->config->nat;
+	struct nat_config *config = &bench->config->nat;
 	size_t table_bytes = nat_table_size(config->max_sessions);
 	const char *why;
 	bool adopted;
@@ -378,17 +389,26 @@ static bool make_engines(struct bench *bench, uint64_t seed)
 		return false;
 	bench->table = nat_table_init(bench->table_memory.at, table_bytes, config->max_sessions, seed,
 				      &adopted, &why);
+	config->n_workers = bench->n_workers;
 	bench->policy = make_policy(&bench->policy_memory, config, NULL);
 	if (!bench->table || !bench->policy)
 		return false;
+	if (bench->n_workers > 1) {
+		if (!take_memory(&bench->workers_memory,
+				 nat_workers_size(bench->n_workers, config->max_sessions)))
+			return false;
+		bench->workers = nat_workers_init(bench->workers_memory.at, bench->n_workers,
+						  config->max_sessions, seed, NULL, NULL);
+	}
 	for (uint32_t worker = 0; worker < bench->n_workers; worker++) {
 		struct nat_engine_params params = {.table = bench->table,
 						   .policy = bench->policy,
 						   .world = world_functions(bench->world),
-						   .max_sessions = config->max_sessions / bench->n_workers,
+						   .max_sessions = config->max_sessions,
 						   .seed = seed,
 						   .worker = worker,
-						   .n_workers = bench->n_workers};
+						   .n_workers = bench->n_workers,
+						   .workers = bench->workers};
 
 		if (!take_memory(&bench->engine_memory[worker], nat_engine_size(&params)))
 			return false;
@@ -399,7 +419,7 @@ static bool make_engines(struct bench *bench, uint64_t seed)
 	return true;
 }
 
-struct bench *bench_open(struct config *config, uint64_t seed, uint32_t workers)
+struct bench *bench_open(struct config *config, uint64_t seed, uint32_t workers, enum spread spread)
 {
 	struct bench *bench = calloc(1, sizeof(*bench));
 
@@ -407,6 +427,7 @@ struct bench *bench_open(struct config *config, uint64_t seed, uint32_t workers)
 		return NULL;
 	bench->config = config;
 	bench->n_workers = workers;
+	bench->spread = spread;
 	bench->world = world_open(&config->nat);
 	bench->ops = (struct request_ops){.context = bench,
 					  .n_workers = workers,
@@ -435,6 +456,7 @@ void bench_close(struct bench *bench)
 		give_memory(&bench->engine_memory[worker]);
 	give_memory(&bench->policy_memory);
 	give_memory(&bench->old_policy_memory);
+	give_memory(&bench->workers_memory);
 	give_memory(&bench->table_memory);
 	request_capture_close(bench->ops.capture);
 	if (bench->world)

@@ -34,8 +34,10 @@ static const char usage[] =
 	"\n"
 	"  --config FILE         dsnatd.yaml; its interfaces need no device\n"
 	"  --seed N              ports are drawn from it; the same seed gives the same output (default 1)\n"
-	"  --workers N           engines, 1 to 64; packets go to them by address, as a NIC would do (default "
-	"1)\n"
+	"  --workers N           engines, 1 to 64 (default: engine.workers, or 1)\n"
+	"  --spread HOW          to which of them a packet comes: \"rss\", as a NIC would do (default), "
+	"\"turns\" or "
+	"\"one\"\n"
 	"  --stdio               answer each line of standard input with one line\n"
 	"  --socket PATH         also answer on a control socket, for dsnatctl\n"
 	"  --read IFACE=FILE     packets that come in on an interface; captures are merged by time\n"
@@ -50,6 +52,7 @@ enum {
 	OPT_CONFIG = 1,
 	OPT_SEED,
 	OPT_WORKERS,
+	OPT_SPREAD,
 	OPT_STDIO,
 	OPT_SOCKET,
 	OPT_READ,
@@ -66,6 +69,7 @@ static const struct option options[] = {
 	{"config", required_argument, NULL, OPT_CONFIG},
 	{"seed", required_argument, NULL, OPT_SEED},
 	{"workers", required_argument, NULL, OPT_WORKERS},
+	{"spread", required_argument, NULL, OPT_SPREAD},
 	{"stdio", no_argument, NULL, OPT_STDIO},
 	{"socket", required_argument, NULL, OPT_SOCKET},
 	{"read", required_argument, NULL, OPT_READ},
@@ -83,7 +87,8 @@ static const struct option options[] = {
 struct arguments {
 	const char *config;
 	uint64_t seed;
-	uint32_t workers;
+	uint32_t workers; /* 0: as the configuration says */
+	enum spread spread;
 	bool stdio;
 	const char *socket, *log;
 	const char **read, **write, **route, **address; /* argc long each */
@@ -105,6 +110,19 @@ static bool parse_number(const char *text, uint64_t least, uint64_t most, uint64
 		return false;
 	*out = strtoull(text, &end, 0);
 	return !*end && *out >= least && *out <= most;
+}
+
+static bool parse_spread(const char *text, enum spread *out)
+{
+	static const char *const names[] = {
+		[SPREAD_RSS] = "rss", [SPREAD_TURNS] = "turns", [SPREAD_ONE] = "one"};
+
+	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++)
+		if (!strcmp(text, names[i])) {
+			*out = (enum spread)i;
+			return true;
+		}
+	return false;
 }
 
 static int check(const char *path)
@@ -136,6 +154,10 @@ static int parse(int argc, char **argv, struct arguments *a)
 			if (!parse_number(optarg, 1, NAT_WORKERS_MAX, &number))
 				return fail_usage("--workers takes a number from 1 to 64", optarg);
 			a->workers = (uint32_t)number;
+			break;
+		case OPT_SPREAD:
+			if (!parse_spread(optarg, &a->spread))
+				return fail_usage("--spread takes rss, turns or one", optarg);
 			break;
 		case OPT_STDIO:
 			a->stdio = true;
@@ -219,7 +241,8 @@ static FILE *open_log(const struct arguments *a, struct bench *bench)
 
 static int run(const struct arguments *a, struct config *config)
 {
-	struct bench *bench = bench_open(config, a->seed, a->workers);
+	const uint32_t configured = config->nat.workers ? config->nat.workers : 1;
+	struct bench *bench = bench_open(config, a->seed, a->workers ? a->workers : configured, a->spread);
 	FILE *nat_log = NULL;
 	int status = 0;
 
@@ -255,7 +278,7 @@ static int run(const struct arguments *a, struct config *config)
 
 int main(int argc, char **argv)
 {
-	struct arguments a = {.seed = 1, .workers = 1};
+	struct arguments a = {.seed = 1};
 	const char **texts = calloc((size_t)argc * 4, sizeof(*texts));
 	struct config *config;
 	int status;

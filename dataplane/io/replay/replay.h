@@ -63,8 +63,11 @@ struct outcome {
 	uint32_t n_dropped;
 };
 
+/* To which worker a packet comes: as a NIC with RSS would bring it, in turns, or all to the first one. */
+enum spread { SPREAD_RSS, SPREAD_TURNS, SPREAD_ONE };
+
 /* Takes ownership of `config`; NULL when there is no memory. */
-struct bench *bench_open(struct config *config, uint64_t seed, uint32_t workers);
+struct bench *bench_open(struct config *config, uint64_t seed, uint32_t workers, enum spread spread);
 void bench_close(struct bench *bench);
 
 struct world *bench_world(struct bench *bench);
@@ -81,7 +84,7 @@ bool bench_log_end(struct bench *bench);
 /* Pools with `active_while` are active when the gateway has that address. */
 void bench_follow_addresses(struct bench *bench);
 
-/* One packet; worker -1: by its addresses, as a NIC would spread it. */
+/* One packet; worker -1: as `spread` says. */
 const struct outcome *bench_packet(struct bench *bench, uint64_t now_ns, uint8_t iface, uint16_t flags,
 				   int worker, const uint8_t *bytes, uint32_t len_bytes);
 
