@@ -47,11 +47,11 @@ const char *nat_cause_name(enum nat_cause cause)
 
 /* ---- places ---- */
 
-static bool static_outside(const struct nat_engine *e, const struct nat_tuple *tuple,
+static bool static_outside(const struct nat_policy *policy, const struct nat_tuple *tuple,
 			   struct nat_tuple *outside)
 {
 	const struct nat_static *mapping =
-		nat_policy_static(e->policy, 0, tuple->local_be, tuple->local_port_be, tuple->protocol);
+		nat_policy_static(policy, 0, tuple->local_be, tuple->local_port_be, tuple->protocol);
 
 	if (NAT_LIKELY(!mapping))
 		return false;
@@ -63,14 +63,14 @@ static bool static_outside(const struct nat_engine *e, const struct nat_tuple *t
 	return true;
 }
 
-uint32_t nat_place(const struct nat_engine *e, const struct nat_tuple *tuple)
+uint32_t nat_workers_place(const struct nat_workers *workers, const struct nat_policy *policy,
+			   const struct nat_tuple *tuple)
 {
-	const struct nat_policy *policy = e->policy;
 	struct nat_tuple outside;
 
 	if (tuple->side == 0) {
-		if (static_outside(e, tuple, &outside))
-			return nat_place(e, &outside);
+		if (static_outside(policy, tuple, &outside))
+			return nat_workers_place(workers, policy, &outside);
 		const uint32_t zone =
 			nat_policy_zone(policy, NAT_NTOH32(tuple->local_be), NAT_NTOH32(tuple->remote_be));
 		if (zone != NAT_NO_ZONE && policy->zone[zone].config.action == NAT_ACTION_POOL &&
@@ -81,7 +81,12 @@ uint32_t nat_place(const struct nat_engine *e, const struct nat_tuple *tuple)
 		if (address != UINT32_MAX && policy->pool[policy->address[address].pool].keeper != NAT_SPREAD)
 			return policy->pool[policy->address[address].pool].keeper;
 	}
-	return nat_spread_place(e->workers, tuple);
+	return nat_spread_place(workers, tuple);
+}
+
+uint32_t nat_place(const struct nat_engine *e, const struct nat_tuple *tuple)
+{
+	return nat_workers_place(e->workers, e->policy, tuple);
 }
 
 /* ---- sessions that live away from the place of their inside tuple ---- */

@@ -314,6 +314,10 @@ size_t nat_workers_size(uint32_t n, uint64_t max_sessions);
 struct nat_workers *nat_workers_init(void *mem, uint32_t n, uint64_t max_sessions, uint64_t seed,
 				     const struct nat_rss *inside, const struct nat_rss *outside);
 
+/* The worker that packets with this tuple belong to; a session lives with that of its outside tuple. */
+uint32_t nat_workers_place(const struct nat_workers *workers, const struct nat_policy *policy,
+			   const struct nat_tuple *tuple);
+
 /* The worker to which a port of that side with this RSS brings a packet. For programs without ports. */
 uint32_t nat_workers_queue(const struct nat_workers *workers, bool outside, const uint8_t *ip,
 			   uint32_t bytes);
@@ -330,7 +334,7 @@ struct nat_engine_params {
 	uint64_t seed;         /* ports and hashes: same seed, same input, same output */
 	uint64_t now_ns;
 	uint32_t worker, n_workers;
-	bool replicate; /* there is a peer to tell: see replica.h */
+	bool replicate;              /* there is a peer to tell: see replica.h */
 	struct nat_workers *workers; /* NULL with one worker */
 };
 

@@ -307,7 +307,7 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	nat_wheel_hang(e, record);
 	count_session(e, s, 1);
 	if (e->workers)
-		nat_away_count(e, s, NAT_AWAY_BORROWED);
+		nat_away_count(e, s, s->state & NAT_STATE_FOREIGN ? NAT_AWAY_ADOPTED : NAT_AWAY_BORROWED);
 	e->counters.sessions_created++;
 	e->counters.traffic[nat_traffic_kind(s->inside.protocol)].sessions_created++;
 	if (s->flags & NAT_RECORD_PERMITS)
