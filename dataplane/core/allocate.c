@@ -129,6 +129,12 @@ static uint32_t mapping_for(struct nat_engine *e, struct nat_pkt *pkt, const str
 	key.remote_be = 0;
 	key.remote_port_be = 0;
 	uint32_t mapping = nat_session_find(e, &key, nat_tuple_hash(&e->index.key, &key));
+	if (mapping != NAT_NO_RECORD && e->record[mapping].timer == NAT_TIMER_HOLD &&
+	    nat_policy_address(e->policy, e->record[mapping].out_addr_be) == UINT32_MAX &&
+	    e->trial != NAT_TRIAL_CANDIDATE) {
+		nat_session_end(e, mapping); /* a reload has taken its address away meanwhile */
+		mapping = NAT_NO_RECORD;
+	}
 	if (mapping != NAT_NO_RECORD)
 		return mapping;
 	if (!draft(e, pkt, &want))

@@ -422,6 +422,36 @@ bool nat_engine_clear(struct nat_engine *e, uint32_t record)
 	return true;
 }
 
+bool nat_engine_cut(struct nat_engine *e, uint64_t *cursor, uint32_t budget, uint64_t now_ns, uint64_t *ended)
+{
+	const uint8_t *owner = nat_table_owners(e->table);
+	uint64_t end = (uint64_t)atomic_load(&e->table->chunks_leased) * NAT_CHUNK;
+
+	set_time(e, now_ns);
+	if (end > e->table->n_records)
+		end = e->table->n_records;
+	for (; *cursor < end && budget-- > 0; (*cursor)++) {
+		const uint32_t record = (uint32_t)*cursor;
+		struct nat_session *s = &e->record[record];
+		if (record % NAT_CHUNK == 0 && owner[record / NAT_CHUNK] % e->n_workers != e->worker) {
+			*cursor += NAT_CHUNK - 1;
+			continue;
+		}
+		if (s->timer == NAT_TIMER_FREE || nat_policy_address(e->policy, s->out_addr_be) != UINT32_MAX)
+			continue;
+		if (!(s->flags & NAT_RECORD_MAPPING)) {
+			e->counters.sessions_closed++;
+			++*ended;
+			nat_session_end(e, record);
+		} else if (s->flags & NAT_RECORD_ASKED) {
+			nat_session_lapse(e, record);
+		} else if (s->timer == NAT_TIMER_HOLD) {
+			nat_session_end(e, record);
+		}
+	}
+	return *cursor < end;
+}
+
 bool nat_engine_address(const struct nat_engine *e, uint32_t i, struct nat_address_view *view)
 {
 	if (i >= e->policy->n_addresses)

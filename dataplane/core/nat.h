@@ -598,6 +598,23 @@ bool nat_engine_sessions(struct nat_engine *e, uint64_t *cursor, uint32_t budget
 /* Ends a session (dsnatctl clear). False when the record holds none. */
 bool nat_engine_clear(struct nat_engine *e, uint32_t record);
 
+/* Ends sessions and mappings whose public address is no longer a pool's (reload --cut): up to `budget` records from *cursor on.
+ * Returns false when the end was reached; *ended counts sessions. */
+bool nat_engine_cut(struct nat_engine *e, uint64_t *cursor, uint32_t budget, uint64_t now_ns,
+		    uint64_t *ended);
+
+/* A remote towards which ports of an address are scarce: there is one for every address that has turned down draws at random. */
+struct nat_hot_view {
+	uint32_t address_be, pool;
+	uint32_t remote_be; /* 0: all remotes (endpoint-independent mapping) */
+	uint16_t remote_port_be;
+	uint8_t protocol;
+	uint32_t taken, known,
+		ports; /* of the pool's ports there: in use, among so many looked at, of so many */
+};
+/* Visits the next one that belongs to a pool, from *cursor on (start with 0); false past the end. */
+bool nat_engine_hot(const struct nat_engine *e, uint32_t *cursor, struct nat_hot_view *view);
+
 struct nat_address_view {
 	uint32_t address_be;
 	uint32_t pool;     /* index in the policy */

@@ -215,6 +215,14 @@ static bool has_bit(const uint64_t *bits, uint32_t i)
 	return bits[i / 64] >> (i % 64) & 1;
 }
 
+static uint32_t count_bits(uint64_t bits)
+{
+	uint32_t n = 0;
+	for (; bits; bits &= bits - 1)
+		n++;
+	return n;
+}
+
 static void set_bit(uint64_t *bits, uint32_t i)
 {
 	bits[i / 64] |= UINT64_C(1) << (i % 64);
@@ -457,6 +465,32 @@ bool nat_port_claim(struct nat_engine *e, const struct nat_tuple *outside)
 	if (set->taken[port / 64] == UINT64_MAX)
 		set_bit(set->full, port / 64);
 	return true;
+}
+
+bool nat_engine_hot(const struct nat_engine *e, uint32_t *cursor, struct nat_hot_view *view)
+{
+	while (*cursor < e->portsets.n_used) {
+		const struct nat_portset *set = &e->portsets.set[(*cursor)++];
+		const uint32_t address = nat_policy_address(e->policy, set->address_be);
+		if (address == UINT32_MAX)
+			continue;
+		const struct nat_pool *pool = &e->policy->pool[e->policy->address[address].pool];
+		*view = (struct nat_hot_view){.address_be = set->address_be,
+					      .pool = e->policy->address[address].pool,
+					      .remote_be = set->remote_be,
+					      .remote_port_be = set->remote_port_be,
+					      .protocol = set->protocol,
+					      .ports = (uint32_t)pool->port_last - pool->port_first + 1};
+		for (uint32_t word = pool->port_first / 64u; word <= pool->port_last / 64u; word++) {
+			const uint64_t ours = ports_in_range(word, pool->port_first, pool->port_last);
+			if (!has_bit(set->known, word))
+				continue;
+			view->known += count_bits(ours);
+			view->taken += count_bits(ours & set->taken[word]);
+		}
+		return true;
+	}
+	return false;
 }
 
 void nat_port_release(struct nat_engine *e, const struct nat_session *s)

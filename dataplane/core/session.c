@@ -322,7 +322,8 @@ void nat_session_leave(struct nat_engine *e, uint32_t mapping)
 	if (m->references > 0)
 		return;
 	const uint32_t most = e->policy->limits.held_ports;
-	if ((m->flags & NAT_RECORD_HOLDS) && e->timeout_s[NAT_TIMER_HOLD] > 0 &&
+	const bool ours = nat_policy_address(e->policy, m->out_addr_be) != UINT32_MAX;
+	if (ours && (m->flags & NAT_RECORD_HOLDS) && e->timeout_s[NAT_TIMER_HOLD] > 0 &&
 	    (most == 0 || e->mappings_held < most)) {
 		e->mappings_held++;
 		m->timer = NAT_TIMER_HOLD;

@@ -6,6 +6,7 @@
  *	request_config.c     show config, plan
  *	request_explain.c    what would become of a packet
  *	request_capture.c    packets before and after
+ *	request_hot.c        remotes towards which ports are scarce
  *
  * The tables belong to the workers. What is wanted of them is asked in steps: a step runs on the worker
  * between two bursts (request_on_worker), copies a bounded number of records into memory of the control
@@ -167,12 +168,13 @@ json_t *request_refuse_file(struct request_context *c, const struct config *conf
 
 static json_t *reload(struct request_context *c)
 {
-	static const char *const keys[] = {"cmd"};
+	static const char *const keys[] = {"cmd", "cut"};
 	const struct config *running = c->ops->config(c->ops->context);
 	struct config *next;
+	bool cut = false;
 	json_t *answer;
 
-	if (!request_only_keys(c, keys, COUNT(keys)))
+	if (!request_only_keys(c, keys, COUNT(keys)) || !request_read_flag(c, "cut", &cut))
 		return NULL;
 	if (!c->ops->apply)
 		return request_refuse(c, "this program cannot reload its configuration");
@@ -186,7 +188,8 @@ static json_t *reload(struct request_context *c)
 		config_free(next);
 		return NULL;
 	}
-	request_keep_departed(c->ops, next);
+	if (!cut)
+		request_keep_departed(c->ops, next);
 	answer = json_pack("{s:o, s:o, s:o}", "pools", request_number(next->nat.n_pools), "zones",
 			   request_number(next->nat.n_zones), "problems", request_problems_json(next));
 	if (!c->ops->apply(c->ops->context, next, c->why, sizeof(c->why))) {
@@ -196,6 +199,8 @@ static json_t *reload(struct request_context *c)
 		json_decref(answer);
 		return NULL;
 	}
+	if (cut)
+		json_object_set_new(answer, "cut", request_number(request_cut_departed(c)));
 	return answer;
 }
 
@@ -257,15 +262,16 @@ static json_t *show(struct request_context *c)
 		{"sessions", request_show_sessions}, {"pools", request_show_pools},
 		{"zones", request_show_zones},       {"counters", request_show_counters},
 		{"workers", request_show_workers},   {"ports", request_show_ports},
-		{"config", request_show_config},
+		{"config", request_show_config},     {"destinations", request_show_destinations},
 	};
 	const char *what = json_string_value(json_object_get(c->request, "what"));
 
 	for (size_t i = 0; what && i < COUNT(whats); i++)
 		if (!strcmp(what, whats[i].what))
 			return whats[i].answer(c);
-	return request_refuse(c,
-			      "\"what\" must be sessions, pools, zones, counters, workers, ports or config");
+	return request_refuse(
+		c,
+		"\"what\" must be sessions, pools, destinations, zones, counters, workers, ports or config");
 }
 
 static json_t *dispatch(struct request_context *c)

@@ -228,6 +228,7 @@ struct fate {
 	uint64_t cursor;
 	bool more;
 	uint64_t gone, draining; /* sessions */
+	uint32_t drained_s;      /* until the last of them ends, if no packet comes any more */
 	uint32_t n_hosts;
 	uint32_t host_be
 		[HOSTS_MAX]; /* of sessions that are counted; an open-addressed set would cost more than it saves */
@@ -265,6 +266,8 @@ static bool visit_fate(void *argument, const struct nat_session_view *view)
 		return true;
 	fate->gone += gone;
 	fate->draining += !gone;
+	if (view->expires_s > fate->drained_s)
+		fate->drained_s = view->expires_s;
 	/* neighbours in the table are often one host's: a look at the last few removes most doubles */
 	for (uint32_t i = fate->n_hosts; i > 0 && i + 8 > fate->n_hosts; i--)
 		if (fate->host_be[i - 1] == view->inside.local_be)
@@ -319,8 +322,9 @@ static json_t *count_sessions(struct request_context *c, struct fate *fate, uint
 	hosts = json_array();
 	for (uint32_t i = 0; i < fate->n_hosts; i++)
 		json_array_append_new(hosts, address_json(ntohl(fate->host_be[i])));
-	answer = json_pack("{s:o, s:o, s:o}", "sessions_gone", request_number(fate->gone),
-			   "sessions_draining", request_number(fate->draining), "hosts", hosts);
+	answer = json_pack("{s:o, s:o, s:o, s:o}", "sessions_gone", request_number(fate->gone),
+			   "sessions_draining", request_number(fate->draining), "drained_s",
+			   request_number(fate->drained_s), "hosts", hosts);
 	request_add_cursor(answer, c->ops, worker, fate->cursor);
 	return answer;
 }

@@ -1,6 +1,6 @@
 /* Addresses that leave a pool while sessions use them. A reload must not cut those sessions: the new configuration keeps such an
  * address as one that drains, so that replies are still translated, ARP is still answered and `show pools` tells how many are left.
- * The next reload lets go those that have none left.
+ * The next reload lets go those that have none left. `reload --cut` asks for the other thing: it keeps none, and ends their sessions.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -121,4 +121,30 @@ void request_keep_departed(const struct request_ops *ops, struct config *next)
 	for (uint32_t i = 0; i < running->n_pools && list.n > 0; i++)
 		keep(next, &running->pools[i], &list);
 	free(list.address);
+}
+
+struct cut {
+	uint64_t cursor, ended;
+	bool more;
+};
+
+static void step_cut(struct nat_engine *e, uint64_t now_ns, void *argument)
+{
+	struct cut *cut = argument;
+
+	cut->more = nat_engine_cut(e, &cut->cursor, REQUEST_STEP_RECORDS, now_ns, &cut->ended);
+}
+
+uint64_t request_cut_departed(struct request_context *c)
+{
+	struct cut cut = {0};
+
+	for (uint32_t w = 0; w < c->ops->n_workers; w++) {
+		cut.cursor = 0;
+		do {
+			if (!request_on_worker(c, w, step_cut, &cut))
+				return cut.ended; /* and the answer says that the worker hangs */
+		} while (cut.more);
+	}
+	return cut.ended;
 }

@@ -50,6 +50,9 @@ json_t *request_problems_json(const struct config *config);
 /* What workers and collectors of the NAT log have done. */
 json_t *request_log_json(const struct request_ops *ops);
 
+/* Ends sessions whose public address is in no pool any more; gives how many. */
+uint64_t request_cut_departed(struct request_context *c);
+
 /* The handlers. */
 json_t *request_show_sessions(struct request_context *c);
 json_t *request_show_counters(struct request_context *c);
@@ -58,6 +61,7 @@ json_t *request_show_zones(struct request_context *c);
 json_t *request_show_workers(struct request_context *c);
 json_t *request_show_ports(struct request_context *c);
 json_t *request_show_config(struct request_context *c);
+json_t *request_show_destinations(struct request_context *c);
 json_t *request_plan(struct request_context *c);
 json_t *request_clear(struct request_context *c);
 json_t *request_pcp(struct request_context *c);

@@ -26,7 +26,8 @@ struct filter {
 	uint8_t protocol;
 	const char *state;
 	const char *pool;
-	bool any; /* something was asked for */
+	uint32_t older_s, younger_s; /* age at least, less than; 0: any */
+	bool any;                    /* something was asked for */
 };
 
 static const struct {
@@ -103,7 +104,9 @@ static bool read_filter(struct request_context *c, struct filter *filter)
 	if (!read_end(c, "host", filter, &filter->host) || !read_end(c, "remote", filter, &filter->remote) ||
 	    !read_end(c, "outside", filter, &filter->outside) ||
 	    !request_read_text(c, "protocol", &protocol) || !request_read_text(c, "state", &filter->state) ||
-	    !request_read_text(c, "pool", &filter->pool))
+	    !request_read_text(c, "pool", &filter->pool) ||
+	    !request_read_count(c, "older_s", UINT32_MAX, &filter->older_s) ||
+	    !request_read_count(c, "younger_s", UINT32_MAX, &filter->younger_s))
 		return false;
 	if (protocol) {
 		for (size_t i = 0; i < COUNT(protocols); i++)
@@ -114,7 +117,7 @@ static bool read_filter(struct request_context *c, struct filter *filter)
 			return false;
 		}
 	}
-	filter->any |= protocol || filter->state || filter->pool;
+	filter->any |= protocol || filter->state || filter->pool || filter->older_s || filter->younger_s;
 	return true;
 }
 
@@ -157,6 +160,8 @@ static bool visit_session(void *argument, const struct nat_session_view *view)
 	    !end_matches(&f->outside, view->out_addr_be, view->out_port_be))
 		return true;
 	if (f->state && strcmp(f->state, view->state) != 0)
+		return true;
+	if (view->age_s < f->older_s || (f->younger_s && view->age_s >= f->younger_s))
 		return true;
 	if (f->pool) {
 		const char *name = pool_name(step, view->pool_id);
@@ -322,8 +327,8 @@ static bool load_zone_ids(struct request_context *c, struct zone_ids *zones)
 
 json_t *request_show_sessions(struct request_context *c)
 {
-	static const char *const keys[] = {"cmd",      "what",  "host", "remote", "outside",
-					   "protocol", "state", "pool", "limit",  "cursor"};
+	static const char *const keys[] = {"cmd",   "what", "host",    "remote",    "outside", "protocol",
+					   "state", "pool", "older_s", "younger_s", "limit",   "cursor"};
 	struct filter filter = {0};
 	struct zone_ids zones = {0};
 	struct page page = {.zones = &zones};
@@ -359,8 +364,8 @@ static void count_cleared(void *argument, const struct step *step)
 
 json_t *request_clear(struct request_context *c)
 {
-	static const char *const keys[] = {"cmd",   "host", "remote", "outside", "protocol",
-					   "state", "pool", "all",    "cursor"};
+	static const char *const keys[] = {"cmd",  "host",    "remote",    "outside", "protocol", "state",
+					   "pool", "older_s", "younger_s", "all",     "cursor"};
 	struct filter filter = {0};
 	uint32_t worker = 0;
 	uint64_t cursor = 0, cleared = 0;
@@ -372,9 +377,9 @@ json_t *request_clear(struct request_context *c)
 	    !request_read_flag(c, "all", &all) || !request_read_cursor(c, &worker, &cursor))
 		return NULL;
 	if (!filter.any && !all)
-		return request_refuse(
-			c, "clear needs a filter (host, remote, outside, protocol, state, pool) or "
-			   "\"all\": true");
+		return request_refuse(c, "clear needs a filter (host, remote, outside, protocol, state, "
+					 "pool, older_s, younger_s) or "
+					 "\"all\": true");
 	step = new_step(c, &filter);
 	if (!step)
 		return NULL;

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import BinaryIO
@@ -19,9 +20,10 @@ from dsnatctl.client import SOCKET, Engine, Json, Refused, Unreachable
 
 CONFIG = "/etc/dsnat/dsnatd.yaml"
 FAILED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 3, 130
-FILTERS = ("host", "remote", "outside", "protocol", "state", "pool")
+FILTERS = ("host", "remote", "outside", "protocol", "state", "pool", "older_s", "younger_s")
 VIEWS: dict[str, Callable[[Json], Iterator[str]]] = {
     "pools": show.pools,
+    "destinations": show.destinations,
     "zones": show.zones,
     "counters": show.counters,
     "workers": show.workers,
@@ -38,8 +40,13 @@ def do_show(arguments: argparse.Namespace) -> int:
         request["explain"] = True
     if arguments.what == "pools":
         request |= {key: getattr(arguments, key) for key in ("pool", "limit") if getattr(arguments, key)}
+    if arguments.what == "destinations" and arguments.limit:
+        request["limit"] = arguments.limit
     with Engine(arguments.socket) as engine:
         answer = engine.ask(**request)
+        if arguments.what == "destinations" and arguments.seconds > 0:
+            time.sleep(arguments.seconds)  # a time until full needs a rate, and the engine keeps no history
+            answer = show.with_time_to_full(answer, engine.ask(**request), arguments.seconds)
     tell(answer, VIEWS[arguments.what], as_json=arguments.json)
     return 0
 
@@ -82,7 +89,7 @@ def do_clear(arguments: argparse.Namespace) -> int:
 def do_reload(arguments: argparse.Namespace) -> int:
     with Engine(arguments.socket) as engine:
         try:
-            answer = engine.ask(cmd="reload")
+            answer = engine.ask(cmd="reload", **({"cut": True} if arguments.cut else {}))
         except Refused as refused:
             if "problems" not in refused.answer:
                 raise
@@ -95,7 +102,8 @@ def do_reload(arguments: argparse.Namespace) -> int:
         print(json.dumps(answer))
         return 0
     sys.stderr.writelines(f"{line}\n" for line in show.problems(answer))
-    print(f"reloaded: {answer['pools']} pools, {answer['zones']} zones")
+    cut = f", {answer['cut']} sessions cut" if "cut" in answer else ""
+    print(f"reloaded: {answer['pools']} pools, {answer['zones']} zones{cut}")
     return 0
 
 
@@ -341,6 +349,8 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", choices=("tcp", "udp", "icmp"))
     parser.add_argument("--state", help="opening, established, closing, one_way, two_way")
     parser.add_argument("--pool", metavar="NAME")
+    parser.add_argument("--older-s", type=positive, metavar="S", help="begun at least S seconds ago")
+    parser.add_argument("--younger-s", type=positive, metavar="S", help="begun less than S seconds ago")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -359,7 +369,9 @@ def parser() -> argparse.ArgumentParser:
         one.set_defaults(run=run)
         return one
 
-    whats = verbs.add_parser("show", help="sessions, pools, zones, counters, workers, ports or config")
+    whats = verbs.add_parser(
+        "show", help="sessions, pools, destinations, zones, counters, workers, ports or config"
+    )
     what = whats.add_subparsers(metavar="WHAT", dest="what", required=True)
     for name in ("sessions", *VIEWS):
         one = what.add_parser(name, parents=[common])
@@ -368,10 +380,17 @@ def parser() -> argparse.ArgumentParser:
             add_filters(one)
         if name == "pools":
             one.add_argument("--pool", metavar="NAME", help="only this one")
-        if name in ("sessions", "pools"):
+        if name == "destinations":
+            one.add_argument(
+                "--seconds", type=float, default=0, metavar="S", help="look twice, S apart: time until full"
+            )
+        if name in ("sessions", "pools", "destinations"):
             one.add_argument("--limit", type=positive, metavar="N", help="at most N rows")
     verb("status", do_status, "is the engine well, and what does it run")
-    verb("reload", do_reload, "read the configuration file again; changes nothing if it has an error")
+    reload = verb(
+        "reload", do_reload, "read the configuration file again; changes nothing if it has an error"
+    )
+    reload.add_argument("--cut", action="store_true", help="end sessions whose address leaves, at once")
     clear = verb("clear", do_clear, "end sessions")
     add_filters(clear)
     clear.add_argument("--all", action="store_true", help="every session")

@@ -12,11 +12,12 @@ def ask(engine: Engine, file: str, text: str) -> Json:
     """All pages of the answer, added up."""
     whole: Json = {}
     hosts: set[str] = set()
-    gone = draining = 0
+    gone = draining = drained_s = 0
     for page in engine.pages(cmd="plan", file=file, text=text):
         whole = whole or page
         gone += page["sessions_gone"]
         draining += page["sessions_draining"]
+        drained_s = max(drained_s, page["drained_s"])
         hosts.update(page["hosts"])
     whole.pop("next", None)
     whole.pop("hosts")
@@ -26,6 +27,7 @@ def ask(engine: Engine, file: str, text: str) -> Json:
         "changes": changes,
         "sessions_gone": gone,
         "sessions_draining": draining,
+        "drained_s": drained_s,
         "hosts": len(hosts),
     }
 
@@ -90,6 +92,10 @@ def lines(answer: Json) -> Iterator[str]:
             f"{touched} live sessions of {answer['hosts']} hosts are on addresses that take no new ones: "
             f"{answer['sessions_gone']} on addresses that leave their pool, "
             f"{answer['sessions_draining']} on addresses that drain"
+        )
+        yield (
+            f"reload lets them live on: the last one ends in {answer['drained_s']} s if no packet comes; "
+            f"reload --cut ends the {answer['sessions_gone']} on addresses that leave at once"
         )
     else:
         yield "no live session loses its address"

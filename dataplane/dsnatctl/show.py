@@ -251,6 +251,38 @@ def status(answer: Json) -> Iterator[str]:
     yield from problems(answer)
 
 
+def with_time_to_full(before: Json, after: Json, seconds: float) -> Json:
+    """The later answer, each row with how fast its ports go and when none will be left."""
+
+    def key(row: Json) -> tuple[str, str, str]:
+        return row["pool"], row["protocol"], row["remote"]
+
+    used = {key(row): row["used"] for row in before["destinations"]}
+    rows = []
+    for row in after["destinations"]:
+        rate = (row["used"] - used.get(key(row), row["used"])) / seconds
+        full_in_s = round((row["ports"] - row["used"]) / rate) if rate > 0 else None
+        rows.append(row | {"per_s": round(rate, 1), "full_in_s": full_in_s})
+    return {**after, "destinations": rows}
+
+
+def destinations(answer: Json) -> Iterator[str]:
+    rows = []
+    for row in answer["destinations"]:
+        cells = [row["pool"], row["protocol"], row["remote"], row["addresses"], row["used"]]
+        cells += [row["ports"] - row["used"], f"{100 * row['used'] / row['ports']:.0f} %"]
+        if "per_s" in row:
+            cells += [f"{row['per_s']:+g}", "-" if row["full_in_s"] is None else _time(row["full_in_s"])]
+        rows.append(cells)
+    head = ["pool", "proto", "remote", "addresses", "used", "free", "full"]
+    if not rows:
+        yield "ports are scarce towards no destination"
+        return
+    yield from table(head + (["per s", "full in"] if len(rows[0]) > len(head) else []), rows, left=3)
+    if answer["of"] > len(rows):
+        yield f"and {answer['of'] - len(rows)} more; see --limit"
+
+
 def problems(answer: Json) -> Iterator[str]:
     """FILE:LINE:COL: what; what to do"""
     for p in answer.get("problems", []):

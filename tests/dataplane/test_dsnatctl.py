@@ -436,6 +436,8 @@ def test_plan_gives_the_bill_and_changes_nothing(engine: Bench, ctl: Ctl, tmp_pa
         "+ zone 2: source 100.65.0.0/16, action drop",
         "2250 live sessions of 75 hosts are on addresses that take no new ones: "
         "1500 on addresses that leave their pool, 750 on addresses that drain",
+        "reload lets them live on: the last one ends in 121 s if no packet comes; "
+        "reload --cut ends the 1500 on addresses that leave at once",
     ]
     assert json.loads(ctl("plan", str(candidate), "--json")[1])["hosts"] == 75
     assert "udp: 300s" in ctl("show", "config")[1]
