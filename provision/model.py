@@ -455,6 +455,7 @@ class Interface(Model):
     path: Literal["dpdk", "nfqueue"]
     device: Device | None = None
     addresses: tuple[Address, ...] = ()
+    vlan: Annotated[int, Field(ge=1, le=4094)] | None = None
     mtu: Annotated[int, Field(ge=576, le=65535)] | None = None
     icmp_errors: Literal["on", "off"] | None = None
 

@@ -290,7 +290,9 @@ def _hardware(fleet: Fleet, gateway: Gateway, service: Service) -> str:
     engine = service.engine or fleet.defaults.engine
     made_once = {
         "engine": engine.model_dump(mode="json"),
-        "interfaces": [[name, i.role, i.path, i.device, i.mtu] for name, i in gateway.interfaces.items()],
+        "interfaces": [
+            [name, i.role, i.path, i.device, i.vlan, i.mtu] for name, i in gateway.interfaces.items()
+        ],
     }
     return hashlib.sha256(json.dumps(made_once, sort_keys=True).encode()).hexdigest()
 

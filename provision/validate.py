@@ -152,14 +152,15 @@ def addresses_are_unique(fleet: Fleet, at: Source) -> Iterator[Problem]:
                 text = f"{what} is given to two places; each gateway needs its own"
                 yield at.problem(loc, text, other=seen[key])
             seen.setdefault(key, loc)
-        devices: dict[str, Loc] = {}
+        devices: dict[tuple[str, int | None], Loc] = {}
         for interface, found in gateway.interfaces.items():
             if found.device is not None:
                 loc = ("gateways", name, "interfaces", interface, "device")
-                if found.device in devices:
-                    text = f"{found.device} is used twice on {name}; each interface needs its own device"
-                    yield at.problem(loc, text, other=devices[found.device])
-                devices.setdefault(found.device, loc)
+                frames = (found.device, found.vlan)
+                if frames in devices:
+                    text = f"{found.device} is used twice on {name}; each needs a device or vlan of its own"
+                    yield at.problem(loc, text, other=devices[frames])
+                devices.setdefault(frames, loc)
 
 
 def pools_are_disjoint(fleet: Fleet, at: Source) -> Iterator[Problem]:

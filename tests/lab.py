@@ -171,12 +171,12 @@ class Netns:
             raise failure[0]
         return result[0]
 
-    def open_tap(self, name: str) -> int:
+    def open_tap(self, name: str, *, flags: int = IFF_VNET_HDR) -> int:
         """Makes a tap device here; its descriptor works from any namespace, so QEMU can stay outside."""
 
         def job() -> int:
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-            request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | flags)
             fcntl.ioctl(fd, TUNSETIFF, request)
             return fd
 

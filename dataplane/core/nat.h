@@ -49,6 +49,7 @@ enum nat_refusal { NAT_REFUSAL_SILENT, NAT_REFUSAL_ICMP_ADMIN, NAT_REFUSAL_ICMP_
 struct nat_interface_config {
 	char name[NAT_NAME_MAX];
 	char device[128]; /* PCI address or vdev ("net_tap0,iface=..."); empty: none */
+	uint16_t vlan;    /* 802.1Q tag of its frames on the device; 0: none */
 	enum nat_role role;
 	enum nat_path path;
 	uint16_t mtu_bytes; /* 0: the device's own */

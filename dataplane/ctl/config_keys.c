@@ -163,10 +163,14 @@ static void read_device(struct config *config, const struct node *node, char *ou
 static bool read_interface(struct config *config, const struct node *node, struct nat_interface_config *out,
 			   unsigned flags)
 {
-	enum { NAME, ROLE, PATH, DEVICE, MTU, ICMP_ERRORS };
-	static const struct key keys[] = {[NAME] = {"name", true},  [ROLE] = {"role", true},
-					  [PATH] = {"path", false}, [DEVICE] = {"device", false},
-					  [MTU] = {"mtu", false},   [ICMP_ERRORS] = {"icmp_errors", false}};
+	enum { NAME, ROLE, PATH, DEVICE, VLAN, MTU, ICMP_ERRORS };
+	static const struct key keys[] = {[NAME] = {"name", true},
+					  [ROLE] = {"role", true},
+					  [PATH] = {"path", false},
+					  [DEVICE] = {"device", false},
+					  [VLAN] = {"vlan", false},
+					  [MTU] = {"mtu", false},
+					  [ICMP_ERRORS] = {"icmp_errors", false}};
 	static const char *const taken[] = {"all", "default", "lo", "dsnat0"};
 	const struct node *value[COUNT(keys)];
 	bool has_path = true;
@@ -191,6 +195,12 @@ static bool read_interface(struct config *config, const struct node *node, struc
 	if (value[PATH] && has_path)
 		out->path = (enum nat_path)word;
 	config_read_u16(config, value[MTU], "mtu", 576, 65535, &out->mtu_bytes);
+	config_read_u16(config, value[VLAN], "vlan", 1, 4094, &out->vlan);
+	if (value[VLAN] && has_path && out->path == NAT_PATH_NFQUEUE)
+		config_error(
+			config, value[VLAN],
+			"an interface with path nfqueue is the kernel's; name its VLAN interface, and remove "
+			"\"vlan\"");
 	if (config_read_word(config, value[ICMP_ERRORS], "icmp_errors", switch_words, COUNT(switch_words),
 			     &word))
 		out->silent = word == 0;

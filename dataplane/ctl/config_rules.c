@@ -55,7 +55,22 @@ static void no_name_twice(struct config *config, struct named *names, uint32_t n
 		if (names[i].name[0] && !strcmp(names[i].name, names[i - 1].name))
 			config_error(config, names[i].at, "%s %s is there twice (first in line %u); %s", what,
 				     config_shown(config, names[i].name), names[i - 1].at->line,
-				     !strcmp(what, "device") ? "give each interface its own" : "rename one");
+				     !strcmp(what, "device")
+					     ? "give each interface its own, or a vlan of its own"
+					     : "rename one");
+}
+
+/* Interfaces may share a device when their frames have different tags. */
+static const char *device_and_vlan(struct config *config, const struct nat_interface_config *i)
+{
+	size_t bytes = sizeof(i->device) + sizeof(" vlan 4094");
+	char *text;
+
+	if (!i->vlan || !i->device[0])
+		return i->device;
+	text = config_take(config, (uint32_t)bytes, 1);
+	snprintf(text, bytes, "%s vlan %u", i->device, i->vlan);
+	return text;
 }
 
 static void names(struct config *config, const struct places *places)
@@ -68,7 +83,7 @@ static void names(struct config *config, const struct places *places)
 		list[i] = (struct named){nat->interfaces[i].name, places->interface[i]};
 	no_name_twice(config, list, nat->n_interfaces, "interface");
 	for (uint32_t i = 0; i < nat->n_interfaces; i++)
-		list[i] = (struct named){nat->interfaces[i].device, places->interface[i]};
+		list[i] = (struct named){device_and_vlan(config, &nat->interfaces[i]), places->interface[i]};
 	no_name_twice(config, list, nat->n_interfaces, "device");
 	for (uint32_t i = 0; i < nat->n_pools; i++)
 		list[i] = (struct named){nat->pools[i].name, places->pool[i].pool};

@@ -76,6 +76,8 @@ static json_t *interface_json(const struct nat_interface_config *i)
 
 	if (i->device[0])
 		json_object_set_new(one, "device", json_string(i->device));
+	if (i->vlan)
+		json_object_set_new(one, "vlan", request_number(i->vlan));
 	if (i->mtu_bytes)
 		json_object_set_new(one, "mtu", request_number(i->mtu_bytes));
 	if (i->silent)

@@ -151,7 +151,13 @@ def test_every_error_is_told_at_once_and_in_order(check: Check) -> None:
         ),
         (
             GOOD.replace("00:04.0", "00:03.0"),
-            '4:5: device "0000:00:03.0" is there twice (first in line 3); give each interface its own',
+            '4:5: device "0000:00:03.0" is there twice (first in line 3); give each interface its own, '
+            "or a vlan of its own",
+        ),
+        (
+            GOOD.replace("path: nfqueue", "path: nfqueue, vlan: 100"),
+            "5:58: an interface with path nfqueue is the kernel's; name its VLAN interface, "
+            'and remove "vlan"',
         ),
         (
             GOOD.replace("0000:00:04.0", "00:04.0"),

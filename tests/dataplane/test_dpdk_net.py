@@ -13,9 +13,12 @@ import pytest
 
 from tests.gateway import INSIDE_ADDRESS, OUTSIDE_ADDRESS, Gateway, config, mac_of, new_gateway, ping
 from tests.lab import Lab, wait_until
-from tests.traffic import SERVER
+from tests.traffic import CLIENT, SERVER
+from tests.trunk import Trunk
 
 pytestmark = pytest.mark.net
+
+POOL_ROUTE = f"203.0.113.0/24 via {OUTSIDE_ADDRESS}"
 
 
 @pytest.fixture
@@ -81,6 +84,45 @@ def test_a_device_that_is_taken_away_is_one_sentence_and_its_return_a_new_start(
     assert "the device of port outside0 is back" in gateway.daemon.text()
     gateway.start()
     wait_until("service", lambda: " 3 received" in ping(gateway.client, SERVER))
+    gateway.close()
+
+
+ON_A_STICK = """\
+interfaces:
+  - {name: inside0, role: inside, device: "net_af_packet0,iface=trunk", vlan: 100}
+  - {name: outside0, role: outside, device: "net_af_packet0,iface=trunk", vlan: 200}
+"""
+
+
+def test_inside_and_outside_are_vlans_of_one_device(lab: Lab, program: Callable[[str], Path]) -> None:
+    client, space, switch, server = (lab.netns(side) for side in ("client", "gateway", "switch", "server"))
+    lab.wire(space, "trunk", switch, "trunk")
+    switch.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+    file, control = lab.directory / "dsnatd.yaml", Path("/tmp", f"{lab.prefix}.sock")
+    file.write_text(config(interfaces=ON_A_STICK))
+    lab.undo.callback(control.unlink, missing_ok=True)
+    gateway = Gateway(space, client, server, program("dsnatd"), file, control)
+    trunk = Trunk(
+        switch, "trunk", {100: client.open_tap("eth0", flags=0), 200: server.open_tap("eth0", flags=0)}
+    )
+    for host, address, route in (
+        (client, CLIENT, f"default via {INSIDE_ADDRESS}"),
+        (server, SERVER, POOL_ROUTE),
+    ):
+        host.ip(f"address add {address}/24 dev eth0")
+        host.ip("link set eth0 up")
+        host.ip(f"route add {route}")
+    gateway.start()
+    gateway.address()
+    assert " 3 received" in ping(client, SERVER)
+    assert " 3 received" in ping(client, SERVER, "-s", "1472", "-M", "do")
+    assert " 3 received" in ping(client, INSIDE_ADDRESS)
+    assert trunk.strays == 0, "a frame left without its tag"
+    before = gateway.reason("other_host")
+    untagged = bytes.fromhex(mac_of(space, "trunk").replace(":", "")) + bytes(6) + b"\x08\x00" + bytes(46)
+    trunk.wire.send(untagged)
+    trunk.wire.send(untagged[:12] + b"\x81\x00\x01\x2c" + untagged[12:])
+    wait_until("both to be refused", lambda: gateway.reason("other_host") == before + 2)
     gateway.close()
 
 

@@ -175,6 +175,15 @@ static void vdev(struct arguments *a, const struct nat_interface_config *c, uint
 	argument(a, "--vdev=%s%s", c->device, more);
 }
 
+/* VLANs of one device */
+static bool is_named_before(const struct nat_config *config, uint32_t interface)
+{
+	for (uint32_t i = 0; i < interface; i++)
+		if (!strcmp(config->interfaces[i].device, config->interfaces[interface].device))
+			return true;
+	return false;
+}
+
 int eal_start(const struct nat_config *config, const struct eal_options *options, char *why, size_t why_bytes)
 {
 	struct arguments *a = calloc(1, sizeof *a);
@@ -192,7 +201,7 @@ int eal_start(const struct nat_config *config, const struct eal_options *options
 	for (uint32_t i = 0; i < config->n_interfaces; i++) {
 		const struct nat_interface_config *c = &config->interfaces[i];
 
-		if (c->path != NAT_PATH_DPDK)
+		if (c->path != NAT_PATH_DPDK || is_named_before(config, i))
 			continue;
 		n_pci += eal_is_pci(c->device);
 		if (eal_is_pci(c->device))

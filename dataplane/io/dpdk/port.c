@@ -3,6 +3,9 @@
  * check of the IPv4 header checksum on receive. The engine updates checksums incrementally, so transmit
  * offloads would only hide errors.
  *
+ * Interfaces with a `vlan` share a device: the first of them opens it, the others are ports with a tag. Tags are
+ * put on and taken off here (vlan.h), so the kernel twins and the engine never see one.
+ *
  * One pool of packet buffers serves all ports: a packet crosses from one to another without a copy. Its size
  * is reckoned from what can be outstanding at once; a worker that leaks shows soon as `no_buffer`.
  */
@@ -86,6 +89,8 @@ static int start_with(struct port *p, const struct rte_eth_dev_info *info, struc
 	};
 	int status;
 
+	if (p->takes_tags) /* a device may filter all of them by itself */
+		conf.rxmode.offloads |= info->rx_offload_capa & RTE_ETH_RX_OFFLOAD_VLAN_FILTER;
 	if (p->n_queues > 1 && info->flow_type_rss_offloads) {
 		conf.rxmode.mq_mode = RTE_ETH_MQ_RX_RSS;
 		conf.rx_adv_conf.rss_conf.rss_hf =
@@ -169,9 +174,45 @@ static int port_open(struct port *p, const struct nat_interface_config *c, uint3
 				  p->mtu_bytes); /* vdevs that have no such call take frames as they come */
 	(void)rte_eth_allmulticast_enable(p->id);
 	(void)rte_eth_dev_callback_register(p->id, RTE_ETH_EVENT_INTR_RMV, on_removal, p);
+	if (p->vlan)
+		(void)rte_eth_dev_vlan_filter(p->id, p->vlan, 1);
 	(void)port_poll_link(p);
 	p->told_up = true; /* which is how a new twin begins */
 	return 0;
+}
+
+static bool takes_tags(const struct nat_config *config, const char *device)
+{
+	for (uint32_t i = 0; i < config->n_interfaces; i++)
+		if (config->interfaces[i].vlan && !strcmp(config->interfaces[i].device, device))
+			return true;
+	return false;
+}
+
+/* Is the device open already, for another VLAN of it? */
+static bool port_join(struct ports *ports, struct port *p, const struct nat_interface_config *c)
+{
+	for (uint32_t i = 0; i < ports->n; i++) {
+		const struct port *first = &ports->port[i];
+
+		const uint8_t iface = p->iface, index = p->index;
+		const uint16_t vlan = p->vlan;
+
+		if (first->first != first->index || strcmp(first->device, c->device))
+			continue;
+
+		*p = *first;
+		p->iface = iface;
+		p->index = index;
+		p->vlan = vlan;
+		p->outside = c->role == NAT_ROLE_OUTSIDE;
+		snprintf(p->name, sizeof p->name, "%s", c->name);
+		if (c->mtu_bytes && c->mtu_bytes < p->mtu_bytes)
+			p->mtu_bytes = c->mtu_bytes;
+		(void)rte_eth_dev_vlan_filter(p->id, p->vlan, 1);
+		return true;
+	}
+	return false;
 }
 
 int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_workers, char *why,
@@ -183,7 +224,6 @@ int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_
 
 	memset(ports, 0, sizeof *ports);
 	memset(ports->of_iface, PORT_NONE, sizeof ports->of_iface);
-	memset(ports->of_id, PORT_NONE, sizeof ports->of_id);
 	ports->pool = rte_pktmbuf_pool_create("packets", buffers(n, n_workers), CACHE, sizeof(struct note),
 					      room_bytes(mtu), SOCKET_ID_ANY);
 	if (!ports->pool) {
@@ -197,11 +237,20 @@ int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_
 		if (config->interfaces[i].path != NAT_PATH_DPDK)
 			continue;
 		p->iface = (uint8_t)i;
+		p->index = p->first = (uint8_t)ports->n;
+		p->vlan = config->interfaces[i].vlan;
+		ports->tagged |= p->vlan != 0;
+		if (port_join(ports, p, &config->interfaces[i])) {
+			ports->of_iface[i] = p->index;
+			ports->n++;
+			continue;
+		}
+		p->takes_tags = takes_tags(config, config->interfaces[i].device);
 		if (port_open(p, &config->interfaces[i], n_workers, ports->pool, detail, sizeof detail)) {
 			snprintf(why, why_bytes, "%s", detail);
 			return -1;
 		}
-		ports->of_iface[i] = ports->of_id[p->id & 0xff] = (uint8_t)ports->n;
+		ports->of_iface[i] = p->index;
 		ports->n++;
 	}
 	return 0;
@@ -209,10 +258,11 @@ int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_
 
 void ports_close(struct ports *ports)
 {
-	for (uint32_t i = 0; i < ports->n; i++) {
-		rte_eth_dev_stop(ports->port[i].id);
-		rte_eth_dev_close(ports->port[i].id);
-	}
+	for (uint32_t i = 0; i < ports->n; i++)
+		if (ports->port[i].first == i) {
+			rte_eth_dev_stop(ports->port[i].id);
+			rte_eth_dev_close(ports->port[i].id);
+		}
 	ports->n = 0;
 }
 

@@ -16,9 +16,13 @@ struct twin;
 
 struct port {
 	/* read by workers for each packet */
-	uint16_t id; /* DPDK's number */
+	uint16_t id;   /* DPDK's number; several ports have the same when they are VLANs of one device */
+	uint16_t vlan; /* 0: its frames have no tag */
 	uint8_t iface;
+	uint8_t index; /* in ports.port[]; rte_mbuf.port, once a frame is ours */
+	uint8_t first; /* index of the first port of the device, which opens and closes it, receives, has the locks */
 	bool outside;
+	bool takes_tags;   /* some interface of the device has a VLAN */
 	uint16_t n_queues; /* pairs; worker w uses queue w % n_queues */
 	bool shared_tx;    /* fewer queues than workers: tx_lock is taken per burst */
 	bool interrupts;
@@ -43,7 +47,7 @@ struct ports {
 	uint32_t n;
 	struct port port[NAT_INTERFACES_MAX];
 	uint8_t of_iface[NAT_INTERFACES_MAX]; /* index into port[], or PORT_NONE */
-	uint8_t of_id[256];                   /* DPDK's number -> index into port[] */
+	bool tagged;                          /* some port has a VLAN */
 };
 
 /* What an mbuf carries beside the packet (its private area). */

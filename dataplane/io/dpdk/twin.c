@@ -219,7 +219,7 @@ bool twins_send(struct twins *t, const struct port *port, const void *frame, uin
 
 	if (data) {
 		memcpy(data, frame, bytes);
-		m->port = port->id;
+		m->port = port->index;
 		if (rte_ring_mp_enqueue(t->from, m) == 0) {
 			thread_wake(t->worker[0]);
 			return true;
@@ -245,7 +245,7 @@ static bool allowed(struct bucket *b, enum twin_class class, uint64_t now_ns)
 
 static void give(struct twins *t, struct rte_mbuf *m, enum twin_class class, uint64_t now_ns)
 {
-	struct port *port = &t->ports->port[t->ports->of_id[m->port & 0xff]];
+	struct port *port = &t->ports->port[m->port];
 	const struct note *note = note_of(m);
 	bool given = false;
 
@@ -305,7 +305,7 @@ static unsigned from_kernel(struct twins *t, struct twin *twin)
 		}
 		m->data_len = (uint16_t)bytes;
 		m->pkt_len = (uint32_t)bytes;
-		m->port = twin->port->id;
+		m->port = twin->port->index;
 		if (rte_ring_mp_enqueue(t->from, m)) {
 			rte_pktmbuf_free(m);
 			continue;

@@ -39,6 +39,7 @@
 #include <unistd.h>
 
 #include "../arp.h"
+#include "vlan.h"
 
 #define BURST         32u
 #define IDLE_ROUNDS   64u
@@ -58,7 +59,7 @@
 
 static void out_flush(struct worker *w, uint32_t index)
 {
-	struct port *port = &w->ports->port[index];
+	struct port *port = &w->ports->port[w->ports->port[index].first];
 	struct out *out = &w->out[index];
 	uint16_t queue = (uint16_t)(w->thread.index % port->n_queues), sent;
 
@@ -89,6 +90,12 @@ static void out_add(struct worker *w, uint32_t index, struct rte_mbuf *m, const 
 {
 	struct out *out = &w->out[index];
 
+	if (w->ports->port[index].vlan && !vlan_push(m, w->ports->port[index].vlan)) {
+		if (pkt)
+			nat_engine_undo(w->thread.engine, pkt, NAT_REASON_NO_BUFFER);
+		rte_pktmbuf_free(m);
+		return;
+	}
 	out->m[out->n] = m;
 	out->pkt[out->n] = pkt;
 	if (++out->n == NAT_BURST_MAX)
@@ -404,7 +411,7 @@ static void arp(struct worker *w, struct port *port, struct rte_mbuf *m)
 	}
 	arp_answer(frame, port->mac.addr_bytes);
 	nat_engine_bypass(w->thread.engine, NAT_PASS, NAT_REASON_ARP_ANSWERED);
-	out_add(w, w->ports->of_iface[port->iface], m, NULL);
+	out_add(w, port->index, m, NULL);
 }
 
 /* One frame: into `pkt` (true), or done with (false). */
@@ -417,6 +424,13 @@ static bool frame(struct worker *w, struct port *port, struct rte_mbuf *m, struc
 		rte_pktmbuf_free(m);
 		return false;
 	}
+	if (port->takes_tags && !(port = vlan_port(w->ports, port, m))) {
+		nat_engine_bypass(w->thread.engine, NAT_DROP, NAT_REASON_OTHER_HOST);
+		rte_pktmbuf_free(m);
+		return false;
+	}
+	m->port = port->index;
+	ether = rte_pktmbuf_mtod(m, const struct rte_ether_hdr *);
 	if (ether->ether_type == ETHER_ARP_BE && !(m->ol_flags & RTE_MBUF_F_RX_VLAN_STRIPPED)) {
 		arp(w, port, m);
 		return false;
@@ -445,7 +459,7 @@ static uint32_t receive(struct worker *w, struct port *port, uint64_t now_ns)
 	struct nat_pkt pkt[BURST];
 	uint32_t n, n_pkt = 0;
 
-	if (w->thread.index >= port->n_queues)
+	if (port->first != port->index || w->thread.index >= port->n_queues)
 		return 0; /* more workers than queues: others receive and hand over */
 	n = rte_eth_rx_burst(port->id, (uint16_t)w->thread.index, m, BURST);
 	for (uint32_t i = 0; i < n; i++) {
@@ -469,8 +483,7 @@ static uint32_t take_over(struct worker *w, uint64_t now_ns)
 	uint32_t n = rte_ring_sc_dequeue_burst(w->inbox, (void **)m, BURST, NULL);
 
 	for (uint32_t i = 0; i < n; i++)
-		present(&pkt[i], m[i], w->ports->port[w->ports->of_id[m[i]->port & 0xff]].iface,
-			NAT_PKT_TAKEN_OVER);
+		present(&pkt[i], m[i], w->ports->port[m[i]->port].iface, NAT_PKT_TAKEN_OVER);
 	if (n)
 		translate(w, pkt, n, now_ns);
 	w->thread.taken_over += n;
@@ -483,7 +496,7 @@ static uint32_t from_kernel(struct worker *w)
 	uint32_t n = w->thread.index ? 0 : rte_ring_sc_dequeue_burst(w->twins->from, (void **)m, BURST, NULL);
 
 	for (uint32_t i = 0; i < n; i++)
-		out_add(w, w->ports->of_id[m[i]->port & 0xff], m[i], NULL);
+		out_add(w, m[i]->port, m[i], NULL);
 	if (n)
 		flush_all(w);
 	return n;
@@ -538,7 +551,7 @@ static void interrupts(struct worker *w, bool on)
 	for (uint32_t i = 0; i < w->ports->n; i++) {
 		const struct port *port = &w->ports->port[i];
 
-		if (!port->interrupts || w->thread.index >= port->n_queues)
+		if (!port->interrupts || port->first != i || w->thread.index >= port->n_queues)
 			continue;
 		if (on)
 			rte_eth_dev_rx_intr_enable(port->id, (uint16_t)w->thread.index);
@@ -602,7 +615,8 @@ static int interrupts_open(struct worker *w)
 	if (!with || with < w->ports->n || (w->interrupt_fd = epoll_create1(EPOLL_CLOEXEC)) < 0)
 		return -1;
 	for (uint32_t i = 0; i < w->ports->n; i++)
-		if (rte_eth_dev_rx_intr_ctl_q(w->ports->port[i].id, (uint16_t)w->thread.index,
+		if (w->ports->port[i].first == i &&
+		    rte_eth_dev_rx_intr_ctl_q(w->ports->port[i].id, (uint16_t)w->thread.index,
 					      w->interrupt_fd, RTE_INTR_EVENT_ADD, NULL)) {
 			close(w->interrupt_fd);
 			return -1;
