@@ -46,6 +46,7 @@
 #include "ctl/pcp_server.h"
 #include "ctl/route.h"
 #include "ctl/socket.h"
+#include "ctl/sync.h"
 #include "io/announce.h"
 #include "io/dpdk/eal.h"
 #include "io/dpdk/guard.h"
@@ -137,12 +138,13 @@ struct daemon {
 	uint64_t started_ns, started_s, watchdog_us;
 	struct log log;
 	struct export *nat_log;
+	struct sync *sync;                /* NULL: there is no peer */
 	uint64_t rounds[NAT_WORKERS_MAX]; /* at the last tick: a worker that makes none hangs */
 	bool stop;
 	bool restart; /* the end is not what the operator wanted: status 1, and systemd starts it again */
 };
 
-enum source { SIGNALS, TICK, ROUTES, CLIENTS, ANNOUNCE, PORT_CONTROL, RULES };
+enum source { SIGNALS, TICK, ROUTES, CLIENTS, ANNOUNCE, PORT_CONTROL, RULES, PEER };
 
 static void say(const char *sentence)
 {
@@ -370,6 +372,15 @@ static bool on_collector(void *context, uint32_t i, struct request_collector *vi
 	return export_collector(((struct daemon *)context)->nat_log, i, view);
 }
 
+static bool on_sync(void *context, struct sync_view *view)
+{
+	struct daemon *d = context;
+
+	if (d->sync)
+		sync_look(d->sync, view);
+	return d->sync != NULL;
+}
+
 static bool on_events(void *context, uint32_t worker, struct nat_event_counts *counts)
 {
 	return export_events(((struct daemon *)context)->nat_log, worker, counts);
@@ -428,6 +439,7 @@ static struct request_ops request_ops(struct daemon *d)
 		.port = on_port_view,
 		.collector = on_collector,
 		.events = on_events,
+		.sync = on_sync,
 		.routes = on_routes,
 		.apply = on_apply,
 		.capture = request_capture_open(),
@@ -634,6 +646,9 @@ static void wait_and_serve(struct daemon *d)
 		case RULES:
 			rules_seen(d);
 			break;
+		case PEER:
+			sync_serve(d->sync);
+			break;
 		}
 }
 
@@ -748,6 +763,7 @@ static enum status open_worker(struct daemon *d, uint32_t index, uint64_t seed)
 		.now_ns = thread_clock_ns(),
 		.worker = index,
 		.n_workers = d->n_workers,
+		.replicate = d->plan->config->sync.on,
 	};
 	char why[256];
 
@@ -796,6 +812,17 @@ static enum status open_control(struct daemon *d)
 	return STOPPED;
 }
 
+static enum status open_sync(struct daemon *d)
+{
+	const struct config *config = d->plan->config;
+	char why[512];
+
+	if (!config->sync.on)
+		return STOPPED;
+	d->sync = sync_open(&config->sync, d->ops, config->nat.max_sessions, why, sizeof why);
+	return d->sync && watch(d, sync_fd(d->sync), PEER) ? STOPPED : fail(FAILED, why);
+}
+
 static enum status start(struct daemon *d, struct request_ops *ops)
 {
 	const struct nat_config *config = &d->plan->config->nat;
@@ -836,6 +863,8 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 			return fail(FAILED, "a worker does not start");
 		d->queue_runs = true;
 	}
+	if ((status = open_sync(d)))
+		return status;
 	announce_again(d);
 	follow_port_control(d);
 	follow_logging(d);
@@ -873,6 +902,7 @@ static void stop(struct daemon *d)
 	d->generation = UINT64_MAX;
 	free_retired(d);
 	export_close(d->nat_log);
+	sync_close(d->sync);
 	for (uint32_t w = 0; w < d->n_workers; w++) {
 		worker_close(&d->workers[w]);
 		thread_close(&d->workers[w].thread);

@@ -30,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=1, help="seed of the engine and of random traffic")
     parser.addoption("--steps", type=int, default=3000, help="steps of the state machine in all")
     parser.addoption("--update-golden", action="store_true", help="rewrite the files in tests/golden/")
+    parser.addoption("--connections", type=int, default=200, help="idle connections through the pair")
+    parser.addoption(
+        "--talking", type=int, default=20, help="connections through the pair that talk all the time"
+    )
     parser.addoption("--kills", type=int, default=300, help="how often the engine is killed under load")
     parser.addoption("--hybrid-seconds", type=float, default=10, help="how long 200 clients talk at once")
     parser.addoption("--log-sessions", type=int, default=10_000, help="sessions that collectors are told of")

@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 packages=(
 	# the engine
 	gcc libc6-dev meson ninja-build pkgconf libdpdk-dev libyaml-dev libjansson-dev libmnl-dev libnetfilter-queue-dev
-	libnftables-dev libpcap-dev libsystemd-dev clang libclang-rt-dev z3
+	libnftables-dev libpcap-dev libsodium-dev libsystemd-dev clang libclang-rt-dev z3
 	# the image: mkosi itself comes in its own tools tree
 	mmdebstrap debian-archive-keyring binutils bmap-tools zstd qemu-system-x86 qemu-utils ovmf
 	# the Python tools

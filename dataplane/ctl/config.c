@@ -399,5 +399,9 @@ bool config_can_follow(const struct config *running, const struct config *next, 
 			 (unsigned long long)a->max_sessions, (unsigned long long)b->max_sessions);
 		return false;
 	}
+	if (memcmp(&running->sync, &next->sync, sizeof(running->sync)) != 0) {
+		snprintf(why, why_bytes, "sync changed; restart dsnatd for that, the sessions stay");
+		return false;
+	}
 	return pools_stay(a, b, why, why_bytes);
 }

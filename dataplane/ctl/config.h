@@ -15,6 +15,7 @@
 #include <stdio.h>
 
 #include "../core/nat.h"
+#include "sync.h"
 
 #define CONFIG_EXIT_INVALID   2 /* exit status of a program whose configuration is wrong */
 #define CONFIG_BYTES_MAX      (16u << 20)
@@ -55,6 +56,7 @@ struct config {
 	char *path;                      /* as given to config_load() */
 	struct config_problem *problems; /* in the file's order */
 	uint32_t n_problems, n_errors, n_warnings;
+	struct sync_settings sync;
 	struct config_arena *arena;
 };
 

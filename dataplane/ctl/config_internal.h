@@ -64,6 +64,9 @@ void config_keys(struct config *config, const struct node *root, struct places *
 /* config_logging.c: the section `logging`, when the pools are read. */
 void config_logging(struct config *config, const struct node *node, struct places *places);
 
+/* config_sync.c: the section `sync`. */
+void config_sync(struct config *config, const struct node *node);
+
 /* config_values.c: how a value is read. */
 #define CONFIG_KEYS_MAX      16
 #define CONFIG_TIMEOUT_MAX_S (30u * 86400u)

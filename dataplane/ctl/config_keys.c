@@ -631,7 +631,8 @@ void config_keys(struct config *config, const struct node *root, struct places *
 		REFUSAL,
 		OTHER,
 		CONTROL,
-		LOGGING
+		LOGGING,
+		SYNC
 	};
 	static const struct key keys[] = {
 		[PROFILE] = {"profile", false},       [ENGINE] = {"engine", false},
@@ -640,7 +641,7 @@ void config_keys(struct config *config, const struct node *root, struct places *
 		[LIMITS] = {"limits", false},         [TIMEOUTS] = {"timeouts", false},
 		[MIDFLOW] = {"tcp_midflow", false},   [REFUSAL] = {"refusal", false},
 		[OTHER] = {"other_protocols", false}, [CONTROL] = {"port_control", false},
-		[LOGGING] = {"logging", false},
+		[LOGGING] = {"logging", false},       [SYNC] = {"sync", false},
 	};
 	static const char *const profiles[] = {"default", "dsnat"};
 	static const char *const other_words[] = {"drop", "pass"};
@@ -659,6 +660,7 @@ void config_keys(struct config *config, const struct node *root, struct places *
 	read_zones(config, value[ZONES], places);
 	read_statics(config, value[STATIC], places);
 	config_logging(config, value[LOGGING], places);
+	config_sync(config, value[SYNC]);
 	read_limits(config, value[LIMITS]);
 	read_timeouts(config, value[TIMEOUTS]);
 	if (config_read_word(config, value[MIDFLOW], "tcp_midflow", midflow_words, COUNT(midflow_words),

@@ -263,15 +263,15 @@ static json_t *show(struct request_context *c)
 		{"zones", request_show_zones},       {"counters", request_show_counters},
 		{"workers", request_show_workers},   {"ports", request_show_ports},
 		{"config", request_show_config},     {"destinations", request_show_destinations},
+		{"sync", request_show_sync},
 	};
 	const char *what = json_string_value(json_object_get(c->request, "what"));
 
 	for (size_t i = 0; what && i < COUNT(whats); i++)
 		if (!strcmp(what, whats[i].what))
 			return whats[i].answer(c);
-	return request_refuse(
-		c,
-		"\"what\" must be sessions, pools, destinations, zones, counters, workers, ports or config");
+	return request_refuse(c, "\"what\" must be sessions, pools, destinations, zones, counters, workers, "
+				 "ports, config or sync");
 }
 
 static json_t *dispatch(struct request_context *c)

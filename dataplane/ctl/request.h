@@ -3,7 +3,7 @@
  * The same function answers clients of dsnatd's socket and the {"ctl":...} lines of dsnat-replay. It knows
  * nothing of threads: struct request_ops is all it may ask of the program around it. Requests:
  *
- *	{"cmd":"show","what":"sessions|pools|zones|counters|ports|workers|config", ...}
+ *	{"cmd":"show","what":"sessions|pools|zones|counters|ports|workers|config|sync", ...}
  *	{"cmd":"clear", ...filters}   {"cmd":"plan","text":"..."}   {"cmd":"reload"}   {"cmd":"status"}   {"cmd":"version"}
  *
  * An answer is {"ok":true,...} or {"ok":false,"error":"one sentence"}.
@@ -64,6 +64,9 @@ struct request_ops {
 	/* May be NULL: the program has none. Return false past the end. */
 	bool (*worker)(void *context, uint32_t worker, struct request_worker *view);
 	bool (*port)(void *context, uint32_t i, struct request_port *view);
+
+	/* The peer of the pair. May be NULL. False: none is configured. */
+	bool (*sync)(void *context, struct sync_view *view);
 
 	/* The NAT log. May be NULL: there is none. False: past the end; nothing is logged. */
 	bool (*collector)(void *context, uint32_t i, struct request_collector *view);

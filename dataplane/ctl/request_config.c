@@ -178,6 +178,20 @@ static json_t *collector_json(const struct nat_config *nat, const struct config_
 	return one;
 }
 
+static json_t *sync_json(const struct sync_settings *sync)
+{
+	char peer[INET_ADDRSTRLEN], listen[INET_ADDRSTRLEN], peer_end[INET_ADDRSTRLEN + 8],
+		listen_end[INET_ADDRSTRLEN + 8], key[sizeof(sync->key) + 8];
+
+	inet_ntop(AF_INET, &sync->peer_be, peer, sizeof(peer));
+	inet_ntop(AF_INET, &sync->listen_be, listen, sizeof(listen));
+	snprintf(peer_end, sizeof(peer_end), "%s:%u", peer, ntohs(sync->peer_port_be));
+	snprintf(listen_end, sizeof(listen_end), "%s:%u", listen, ntohs(sync->listen_port_be));
+	snprintf(key, sizeof(key), "file:%s", sync->key);
+	return json_pack("{s:s, s:s, s:s, s:o}", "peer", peer_end, "listen", listen_end, "key", key,
+			 "hold_back", seconds_json(sync->hold_back_ms / 1000));
+}
+
 static json_t *config_json(const struct config *config)
 {
 	const struct nat_config *nat = &config->nat;
@@ -194,7 +208,7 @@ static json_t *config_json(const struct config *config)
 		json_array_append_new(statics, static_json(&nat->statics[i]));
 	for (uint32_t i = 0; i < config->n_collectors; i++)
 		json_array_append_new(logging, collector_json(nat, &config->collectors[i]));
-	return json_pack(
+	json_t *all = json_pack(
 		"{s:{s:o, s:o}, s:o, s:o, s:o, s:o, s:o, s:{s:o, s:o, s:o, s:o, s:o}, s:o, s:s, s:s, s:s, "
 		"s:s}",
 		"engine", "workers", nat->workers ? request_number(nat->workers) : json_string("auto"),
@@ -208,6 +222,9 @@ static json_t *config_json(const struct config *config)
 		config_midflow_word(nat->tcp_midflow), "refusal", config_refusal_word(nat->refusal),
 		"other_protocols", nat->pass_other_protocols ? "pass" : "drop", "port_control",
 		nat->port_control ? "on" : "off");
+	if (config->sync.on)
+		json_object_set_new(all, "sync", sync_json(&config->sync));
+	return all;
 }
 
 json_t *request_show_config(struct request_context *c)

@@ -62,6 +62,7 @@ json_t *request_show_workers(struct request_context *c);
 json_t *request_show_ports(struct request_context *c);
 json_t *request_show_config(struct request_context *c);
 json_t *request_show_destinations(struct request_context *c);
+json_t *request_show_sync(struct request_context *c);
 json_t *request_plan(struct request_context *c);
 json_t *request_clear(struct request_context *c);
 json_t *request_pcp(struct request_context *c);

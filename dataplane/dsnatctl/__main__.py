@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import BinaryIO
 
-from dsnatctl import show
+from dsnatctl import show, sync
 from dsnatctl.client import SOCKET, Engine, Json, Refused, Unreachable
 
 CONFIG = "/etc/dsnat/dsnatd.yaml"
@@ -29,6 +29,7 @@ VIEWS: dict[str, Callable[[Json], Iterator[str]]] = {
     "workers": show.workers,
     "ports": show.ports,
     "config": show.config,
+    "sync": sync.sync,
 }
 
 
@@ -370,7 +371,7 @@ def parser() -> argparse.ArgumentParser:
         return one
 
     whats = verbs.add_parser(
-        "show", help="sessions, pools, destinations, zones, counters, workers, ports or config"
+        "show", help="sessions, pools, destinations, zones, counters, workers, ports, config or sync"
     )
     what = whats.add_subparsers(metavar="WHAT", dest="what", required=True)
     for name in ("sessions", *VIEWS):

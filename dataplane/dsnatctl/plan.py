@@ -41,6 +41,10 @@ def differences(running: Json, candidate: Json) -> Iterator[str]:
     for key in ("tcp_midflow", "refusal", "other_protocols", "port_control"):
         if running[key] != candidate[key]:
             yield f"~ {key}: {running[key]} -> {candidate[key]}"
+    before, after = (side.get("sync", {}) for side in (running, candidate))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield f"~ sync.{key}: {_word(before.get(key))} -> {_word(after.get(key))}"
     yield from _named("interface", running["interfaces"], candidate["interfaces"])
     yield from _named("pool", running["pools"], candidate["pools"])
     yield from _ordered("zone", running["zones"], candidate["zones"])

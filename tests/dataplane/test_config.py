@@ -220,8 +220,20 @@ def test_every_error_is_told_at_once_and_in_order(check: Check) -> None:
         (
             GOOD + "more: 1\n",
             '18:1: unknown key "more" in the file; its keys are profile, engine, interfaces, pools, '
-            "zones, static, limits, timeouts, tcp_midflow, refusal, other_protocols, port_control "
-            "and logging",
+            "zones, static, limits, timeouts, tcp_midflow, refusal, other_protocols, port_control, "
+            "logging and sync",
+        ),
+        (
+            GOOD + "sync: {peer: 192.0.2.2, listen: 192.0.2.1:3781, key: 000102030405}\n",
+            '18:54: "key" names no file; write "file:/etc/dsnat/sync.key", the key itself stands in it',
+        ),
+        (
+            GOOD + "sync: {peer: 192.0.2.2:0, listen: 192.0.2.1, key: file:/etc/dsnat/sync.key}\n",
+            '18:14: "peer" is "192.0.2.2:0"; write an IPv4 address and a port, such as "192.0.2.2:3781"',
+        ),
+        (
+            GOOD + "sync: {peer: 192.0.2.1, listen: 192.0.2.1, key: file:/etc/dsnat/sync.key}\n",
+            '18:14: "peer" and "listen" are the same address; name the other gateway\'s as "peer"',
         ),
         (
             GOOD + "logging: [{protocol: ipfx, collector: 192.0.2.10}]\n",
@@ -353,6 +365,7 @@ def test_the_readme_documents_every_key_and_no_other(check: Check) -> None:
         "zones[].": f"zones: [{{{unknown}}}]\n",
         "static[].": f"static: [{{{unknown}}}]\n",
         "logging[].": f"logging: [{{{unknown}}}]\n",
+        "sync.": f"sync: {{{unknown}}}\n",
         "limits.": f"limits: {{{unknown}}}\n",
         "timeouts.": f"timeouts: {{{unknown}}}\n",
     }

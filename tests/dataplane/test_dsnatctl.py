@@ -382,6 +382,7 @@ port_control: on
 logging:
   - {protocol: syslog, transport: tcp, collector: 192.0.2.10, pools: [b, c], destinations: on}
   - {protocol: ipfix, collector: "192.0.2.10:4740"}
+sync: {peer: "192.0.2.2:3782", listen: "192.0.2.1:3783", key: "file:/etc/dsnat/sync.key", hold_back: 3s}
 """
 
 

@@ -1,0 +1,303 @@
+"""A pair that keeps every connection: two gateways, keepalived on their twins, and a link for sessions.
+
+                          .2 [ gateway a ] .2
+    client 100.64.0.10 ---|      | sync    |--- server 198.51.100.10
+                          .3 [ gateway b ] .3
+
+Connections live through whatever happens to a gateway: idle ones, and some that talk all the time. After each
+fault the gateways themselves compare their tables, range by range. `--connections 10000 --talking 1000` is
+the long run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.dataplane.test_failover_net import INSIDE, KEEPALIVED, OUTSIDE, REST, Member
+from tests.gateway import DPDK_INTERFACES, Gateway, config
+from tests.lab import Lab, Netns, wait_until
+from tests.traffic import CLIENT, SERVER
+
+pytestmark = pytest.mark.net
+
+PORT = 7010
+KEY = "8f3c" * 16
+SYNC = "192.0.2."
+
+
+@dataclass
+class Peer(Member):
+    sessions: Path
+    keepalived_argv: tuple[str, ...]
+
+    def start_engine(self) -> None:
+        self.gateway.start("--sessions", str(self.sessions))
+
+    def in_sync(self) -> bool:
+        answer = self.gateway.show("sync")
+        return bool(answer["in_sync"]) and answer["waiting"] == 0 and answer["on_the_way"] == 0
+
+    def compared_since(self, moment_s: float) -> bool:
+        """Has every range been compared after that moment, and none differed?"""
+        answer = self.gateway.show("sync")
+        if not answer["in_sync"] or "compared_all_ms" not in answer:
+            return False
+        return bool(answer["compared_all_ms"] / 1000 < time.monotonic() - moment_s)
+
+
+@dataclass
+class Pair:
+    client: Netns
+    server: Netns
+    wires: Netns
+    a: Peer
+    b: Peer
+
+    def equal(self) -> None:
+        moment_s = time.monotonic()
+        both = (self.a, self.b)
+        wait_until(
+            "both to find no difference",
+            lambda: all(peer.compared_since(moment_s) for peer in both),
+            deadline_s=60,
+        )
+
+    def close(self) -> None:
+        for peer in (self.a, self.b):
+            peer.keepalived.stop()
+            peer.gateway.close()
+
+
+def new_peer(
+    lab: Lab, program: Path, wires: Netns, name: str, number: int, advert_s: float, sessions: int
+) -> Peer:
+    space = lab.netns(name)
+    for end, side in (("vin", "in"), ("vout", "out"), ("sync0", "sync")):
+        lab.wire(space, end, wires, f"{side}{name}")
+    space.ip(f"address add {SYNC}{number}/24 dev sync0")
+    key = lab.directory / f"{name}.key"
+    key.write_text(KEY + "\n")
+    key.chmod(0o600)
+    sync = f"sync: {{peer: {SYNC}{5 - number}, listen: {SYNC}{number}, key: file:{key}, hold_back: 1s}}\n"
+    file = lab.directory / f"{name}.yaml"
+    file.write_text(config(interfaces=DPDK_INTERFACES, sessions=sessions, rest=REST + sync))
+    control = Path("/tmp", f"{lab.prefix}-{name}.sock")
+    table = Path("/dev/shm", f"{lab.prefix}-{name}.sessions")
+    for path in (control, table):
+        lab.undo.callback(path.unlink, missing_ok=True)
+    gateway = Gateway(space, wires, wires, program, file, control, log=f"{name}-dsnatd")
+    gateway.start("--sessions", str(table))
+    for twin, address in (("inside0", f"100.64.0.{number}"), ("outside0", f"198.51.100.{number}")):
+        space.ip(f"address add {address}/24 dev {twin}")
+        space.ip(f"link set {twin} up")
+    settings = lab.directory / f"{name}-keepalived.conf"
+    settings.write_text(KEEPALIVED.format(name=name, priority=200 - 50 * (number - 2), advert_s=advert_s))
+    settings.chmod(0o600)
+    pids = [f"--{kind}={lab.directory / f'{name}-{kind}'}" for kind in ("pid", "vrrp_pid", "checkers_pid")]
+    argv = ("keepalived", "--dont-fork", "--log-console", "--vrrp", f"--use-file={settings}", *pids)
+    keepalived = space.start(*argv, log=f"{name}-keepalived.log")
+    return Peer(name, gateway, keepalived, table, argv)
+
+
+@pytest.fixture
+def pair(lab: Lab, program: Callable[[str], Path], request: pytest.FixtureRequest) -> Pair:
+    advert_s = getattr(request, "param", 0.1)
+    client, server, wires = (lab.netns(side) for side in ("client", "server", "wires"))
+    peers = [
+        new_peer(lab, program("dsnatd"), wires, name, number, advert_s, 65536)
+        for name, number in (("a", 2), ("b", 3))
+    ]
+    lab.wire(client, "eth0", wires, "inhost")
+    lab.wire(server, "eth0", wires, "outhost")
+    lab.bridge(wires, "inside", "ina", "inb", "inhost")
+    lab.bridge(wires, "outside", "outa", "outb", "outhost")
+    lab.bridge(wires, "sync", "synca", "syncb")
+    client.ip(f"address add {CLIENT}/24 dev eth0")
+    client.ip(f"route add default via {INSIDE}")
+    server.ip(f"address add {SERVER}/24 dev eth0")
+    a, b = peers
+    wait_until("a to be master", lambda: a.is_master() and not b.has(OUTSIDE), deadline_s=40)
+    wait_until("the pool to be a's", lambda: a.ours() and not b.ours())
+    wait_until("both to be in sync", lambda: a.in_sync() and b.in_sync(), deadline_s=40)
+    return Pair(client, server, wires, a, b)
+
+
+@dataclass
+class Connections:
+    """TCP through the pair: `idle` that only wait, `talking` that send a byte when the last one came back."""
+
+    pair: Pair
+    idle: int
+    talking: int
+    sockets: list[socket.socket] = field(default_factory=list)
+    echoed_s: list[float] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def echo(self) -> None:
+        with (
+            closing(socket.create_server((SERVER, PORT), backlog=4096)) as listener,
+            selectors.DefaultSelector() as some,
+        ):
+            listener.setblocking(False)
+            some.register(listener, selectors.EVENT_READ)
+            while not self.stop.is_set():
+                for ready, _ in some.select(0.2):
+                    if ready.fileobj is listener:
+                        try:
+                            one, _ = listener.accept()
+                        except OSError:
+                            continue
+                        one.setblocking(False)
+                        some.register(one, selectors.EVENT_READ)
+                        continue
+                    one = ready.fileobj  # type: ignore[assignment]
+                    try:
+                        data = one.recv(100)
+                        one.send(data)
+                    except BlockingIOError:
+                        continue
+                    except OSError:
+                        data = b""
+                    if not data:
+                        some.unregister(one)
+                        one.close()
+
+    def open(self) -> None:
+        threading.Thread(target=self.pair.server.inside, args=(self.echo,), daemon=True).start()
+
+        def connect() -> None:
+            for _ in range(self.idle + self.talking):
+                one = socket.create_connection((SERVER, PORT), timeout=20)
+                one.settimeout(60)
+                self.sockets.append(one)
+
+        wait_until("the server to listen", lambda: f":{PORT}" in self.pair.server.run("ss", "-ltn"))
+        self.pair.client.inside(connect)
+        for one in self.sockets:
+            self.ask(one)
+        assert not self.lost
+        if self.talking:
+            threading.Thread(target=self.talk, daemon=True).start()
+            wait_until("the first echoes", lambda: len(self.echoed_s) > 2 * self.talking)
+
+    def ask(self, one: socket.socket) -> None:
+        try:
+            one.send(b"?")
+            if one.recv(100) != b"?":
+                self.lost.append("ended by the other side")
+        except OSError as error:
+            self.lost.append(str(error))
+
+    def talk(self) -> None:
+        """All the talking ones at once: the longest time without any echo is the dark time."""
+        with selectors.DefaultSelector() as some:
+            for one in self.sockets[self.idle :]:
+                some.register(one, selectors.EVENT_READ)
+                one.send(b"?")
+            while not self.stop.is_set():
+                for ready, _ in some.select(0.2):
+                    one = ready.fileobj  # type: ignore[assignment]
+                    assert isinstance(one, socket.socket)
+                    try:
+                        data = one.recv(100)
+                        one.send(b"?")
+                    except OSError as error:
+                        data = b""
+                        self.lost.append(str(error))
+                    if not data:
+                        some.unregister(one)
+                        continue
+                    self.echoed_s.append(time.monotonic())
+                self.stop.wait(0.002)
+
+    def dark_s(self, since_s: float) -> float:
+        """The longest time without an echo since that moment; waits until echoes come."""
+        many = 20 * max(1, self.talking)
+        later = wait_until(
+            "echoes again",
+            lambda: [at for at in self.echoed_s if at > since_s + 0.3][many:] and self.echoed_s,
+            deadline_s=90,
+        )
+        at = [since_s, *(one for one in later if one > since_s)]
+        return max(after - before for before, after in itertools.pairwise(at))
+
+    def all_live(self) -> None:
+        for one in self.sockets[: self.idle]:
+            self.ask(one)
+        assert not self.lost, (
+            f"{len(self.lost)} of {self.idle + self.talking} connections lost: {self.lost[:3]}"
+        )
+
+    def close(self) -> None:
+        self.stop.set()
+        for one in self.sockets:
+            one.close()
+
+
+@pytest.fixture
+def connections(pair: Pair, request: pytest.FixtureRequest) -> Iterator[Connections]:
+    option = request.config.getoption
+    these = Connections(pair, int(option("--connections")), int(option("--talking")))
+    these.open()
+    pair.equal()
+    yield these
+    these.close()
+
+
+@pytest.mark.parametrize("pair", [0.1], indirect=True, ids=["100ms"])
+def test_every_connection_survives_whatever_happens_to_a_gateway(
+    pair: Pair, connections: Connections, record_property: Callable[[str, object], None]
+) -> None:
+    a, b = pair.a, pair.b
+
+    def survived(what: str, since_s: float) -> None:
+        dark_s = connections.dark_s(since_s)
+        connections.all_live()
+        print(f"{what}: 0 of {connections.idle + connections.talking} lost, dark for {dark_s:.3f} s")
+        record_property(what, round(dark_s, 3))
+
+    # the master falls silent; the backup has every session already
+    moment_s = time.monotonic()
+    a.fall_silent()
+    wait_until("b to be master", b.is_master, deadline_s=20)
+    survived("master silent", moment_s)
+    # it comes back, and takes the traffic again
+    moment_s = time.monotonic()
+    a.return_()
+    wait_until("a to be master", lambda: a.is_master() and not b.has(OUTSIDE), deadline_s=40)
+    survived("master returns", moment_s)
+    pair.equal()
+    # the engine is killed: the next one goes on with the sessions; keepalived sees nothing
+    moment_s = time.monotonic()
+    a.gateway.daemon.process.kill()
+    a.gateway.daemon.wait(timeout_s=10)
+    a.start_engine()
+    survived("engine killed", moment_s)
+    pair.equal()
+    # the backup is rebooted with an empty table while traffic runs, and gets everything
+    b.gateway.daemon.process.kill()
+    b.gateway.daemon.wait(timeout_s=10)
+    b.sessions.unlink()
+    b.start_engine()
+    wait_until("b to be in sync", lambda: a.in_sync() and b.in_sync(), deadline_s=40)
+    pair.equal()
+    moment_s = time.monotonic()
+    a.fall_silent()
+    wait_until("b to be master", b.is_master, deadline_s=20)
+    survived("backup rebooted, then master silent", moment_s)
+    connections.close()
+    a.return_()
+    wait_until("a to be master", lambda: a.is_master() and not b.has(OUTSIDE), deadline_s=40)
+    pair.equal()
+    pair.close()
