@@ -213,6 +213,8 @@ static bool export_one(struct nat_engine *e, uint32_t record, struct nat_replica
 	if (!has(r->known, record))
 		return false;
 	clear(r->known, record);
+	if (e->record[record].timer != NAT_TIMER_FREE && e->record[record].worker != e->worker)
+		return false; /* another worker has the record now, and tells what stands there */
 	*out = (struct nat_replica){.kind = NAT_REPLICA_GONE, .slot = record};
 	return true;
 }
@@ -553,6 +555,16 @@ enum nat_import_result nat_engine_import(struct nat_engine *e, const struct nat_
 	if (there != NAT_NO_RECORD && !make_way(e, there, replica, yields))
 		return NAT_IMPORT_CONFLICT;
 	return create(e, replica, yields, record);
+}
+
+uint32_t nat_engine_import_place(const struct nat_engine *e, const struct nat_replica *replica)
+{
+	const struct nat_session as = {.inside = replica->inside,
+				       .out_addr_be = replica->out_addr_be,
+				       .out_port_be = replica->out_port_be};
+	const struct nat_tuple outside = nat_session_outside(&as);
+
+	return e->workers ? nat_place(e, &outside) : e->worker;
 }
 
 void nat_engine_import_end(struct nat_engine *e, uint32_t record)

@@ -85,6 +85,8 @@ enum nat_import_result {
 /* A session that the peer tells. `yields`: which side keeps one that both say was used just now. `record` is where it stands. */
 enum nat_import_result nat_engine_import(struct nat_engine *e, const struct nat_replica *replica, bool yields,
 					 uint32_t *record);
+/* The worker that it should be told to: the one that its replies come to. Any worker may be asked. */
+uint32_t nat_engine_import_place(const struct nat_engine *e, const struct nat_replica *replica);
 /* One that it has ended. */
 void nat_engine_import_end(struct nat_engine *e, uint32_t record);
 

@@ -180,12 +180,6 @@ static void import_session(struct nat_engine *e, struct sync *s, const struct na
 	s->shadow[r->slot] = NAT_NO_SESSION;
 }
 
-/* Which worker gets a session that the peer tells. */
-static uint32_t worker_for(const struct sync *s, const struct nat_replica *r)
-{
-	return s->ops->n_workers == 1 ? 0 : ntohl(r->inside.local_be) % s->ops->n_workers;
-}
-
 static void import_some(struct nat_engine *e, uint64_t now_ns, void *argument)
 {
 	struct step *step = argument;
@@ -197,7 +191,7 @@ static void import_some(struct nat_engine *e, uint64_t now_ns, void *argument)
 		if (s->shadow_number[r->slot] != s->item[i].number)
 			continue; /* there is a later word */
 		if (r->kind != NAT_REPLICA_GONE) {
-			if (worker_for(s, r) == step->worker)
+			if (nat_engine_import_place(e, r) == step->worker)
 				import_session(e, s, r);
 			continue;
 		}
