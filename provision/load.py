@@ -33,7 +33,7 @@ Loc = tuple[str | int, ...]
 
 BYTES_MAX = 16 << 20
 NODES_MAX = 500_000  # an alias that is used over and over counts each time
-MERGED = ("sites", "jumps", "users", "pools", "pairs", "gateways")
+MERGED = ("sites", "jumps", "users", "pools", "clusters", "pairs", "gateways")
 
 
 @dataclass(frozen=True, order=True)
@@ -141,6 +141,11 @@ def load(path: Path) -> tuple[Fleet, Source]:
     return fleet, source
 
 
+def slices_file(path: Path) -> Path:
+    """Beside fleet.yaml: what each member of a cluster had when it was divided last."""
+    return path.with_name(f"{path.stem}.slices.yaml")
+
+
 def _read(
     path: Path, texts: dict[str, list[str]], problems: list[Problem], seen: list[Path]
 ) -> MappingNode | None:
@@ -183,6 +188,11 @@ def _read(
         fail("must be a map of keys such as schema:, pools: and gateways:", root.start_mark.line + 1, 1)
         return None
     _include(path, root, texts, problems, [*seen, path.resolve()])
+    kept = slices_file(path)
+    if not seen and kept.exists():
+        part = _read(kept, texts, problems, [path.resolve()])
+        if part is not None:
+            root.value.extend(entry for entry in part.value if entry[0].value == "slices")
     return root
 
 

@@ -6,13 +6,17 @@ a default. Every pattern here is narrow on purpose: what passes it can be writte
 without quoting tricks, and render.py checks again.
 
 A **service** is what hosts behind a gateway see: zones, VRRP addresses, routes, timers. It is written once,
-in a pair or in a gateway that stands alone; `Fleet.service_of` says which one counts.
+in a cluster, in a pair, or in a gateway that stands alone; `Fleet.service_of` says which one counts.
+
+A **cluster** is many active gateways that share pools: each **member**, a gateway or a pair, owns a slice of
+every pool (slices.py), and `Fleet.pools_of` gives a gateway's own part.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -37,6 +41,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
+
+from provision import slices as arithmetic
 
 SCHEMA = 1
 PRIORITY_OWNER = 255  # RFC 5798: only for the owner of the address; a floating address has no owner
@@ -434,15 +440,29 @@ class Neighbor(Model):
     as_number: As = Field(alias="as")
 
 
+class Bfd(Model):
+    """A neighbour that is silent for `multiplier` intervals is gone."""
+
+    interval: Duration = "300ms"
+    multiplier: Annotated[int, Field(ge=1, le=255)] = 3
+
+
 class Bgp(Model):
-    """Pools are announced to the neighbours; whoever is master gets their packets."""
+    """Pools are announced to the neighbours outside; whoever is master gets their packets.
+
+    On which side a neighbour is, its address says."""
 
     as_number: As = Field(alias="as")
     neighbors: Annotated[tuple[Neighbor, ...], Field(min_length=1)]
     announce: Literal["pools", "none"] = "pools"
     accept: Literal["default", "all", "none"] = Field(
-        default="default", description="routes taken from the neighbours: the default route, all, none"
+        default="default",
+        description="routes taken from the neighbours outside: the default route, all, none",
     )
+    inwards: tuple[Prefix, ...] = Field(
+        default=(), description="prefixes announced to neighbours inside; in a cluster the default route"
+    )
+    bfd: Bfd | Literal["off"] | None = Field(default=None, description="default: on in a cluster, else off")
 
 
 class Route(Model):
@@ -503,17 +523,49 @@ class Service(Model):
     )
 
 
+Weight = Annotated[int, Field(ge=0, le=100)]
+
+
 class Pair(Service):
-    pass
+    cluster: Name | None = Field(default=None, description="the pair is one member of this cluster")
+    weight: Weight = 1
+
+
+class Cluster(Service):
+    """Many active gateways. What they share stands here once, `bgp` among it."""
+
+    hashing: Literal["resilient", "threshold", "modulo"] = Field(
+        default="threshold",
+        description="how the routers inside choose among the gateways; the bill of a plan depends on it",
+    )
+    grace: Duration = Field(
+        default="30s", description="how long addresses that move may run out before their sessions are ended"
+    )
 
 
 class Gateway(Service):
     pair: Name | None = None
+    cluster: Name | None = None
+    weight: Weight = Field(default=1, description="share of the cluster's pools; 0: none, before it goes")
+    neighbors: tuple[Neighbor, ...] = Field(
+        default=(), description="BGP neighbours of this gateway alone, instead of those of its cluster"
+    )
     priority: Annotated[int, Field(ge=1, le=254)] = 100
     management: Management
     host_key: HostKey
     ssh: Ssh | None = None
     interfaces: dict[InterfaceName, Interface] = {}
+
+
+def _part(pool: Pool, own: list[arithmetic.Range]) -> Pool:
+    """A pool of which only these addresses are ours."""
+    addresses = tuple(
+        PoolRange(range=text, weight=item.weight)
+        for item in pool.addresses
+        for text in arithmetic.text(arithmetic.common([span(item.range)], own))
+    )
+    drain = arithmetic.text(arithmetic.common([span(text) for text in pool.drain], own))
+    return pool.model_copy(update={"addresses": addresses, "drain": tuple(drain)})
 
 
 class Fleet(Model):
@@ -526,19 +578,74 @@ class Fleet(Model):
     jumps: dict[Name, Jump] = {}
     users: dict[Name, User] = {}
     pools: dict[Name, Pool] = {}
+    clusters: dict[Name, Cluster] = {}
     pairs: dict[Name, Pair] = {}
+    slices: dict[Name, dict[Name, dict[Name, tuple[Span, ...]]]] = Field(
+        default={},
+        description="cluster, pool, member: what it had before; fleet.slices.yaml, made by the tool",
+    )
     gateways: Annotated[dict[Name, Gateway], Field(min_length=1)]
 
     def service_of(self, name: str) -> Service:
         gateway = self.gateways[name]
         # A pair that does not exist is validate.py's to report; until then the gateway stands alone.
-        return self.pairs.get(gateway.pair or "", gateway)
+        service: Service = self.pairs.get(gateway.pair or "", gateway)
+        cluster = self.clusters.get(self.cluster_of(name) or "")
+        if cluster is None:
+            return service
+        own = {"site": service.site or cluster.site, "vrrp": service.vrrp}
+        return cluster.model_copy(update={**own, "tcp_midflow": cluster.tcp_midflow or "reset"})
+
+    def cluster_of(self, name: str) -> str | None:
+        gateway = self.gateways[name]
+        pair = self.pairs.get(gateway.pair or "")
+        return pair.cluster if pair is not None else gateway.cluster
+
+    def member_of(self, name: str) -> str:
+        """The member of a cluster that this gateway is, or is half of."""
+        return self.gateways[name].pair or name
+
+    def weights_of(self, cluster: str) -> dict[str, int]:
+        """The members of a cluster, in the order of the file."""
+        pairs = {name: p.weight for name, p in self.pairs.items() if p.cluster == cluster}
+        alone = {
+            name: g.weight for name, g in self.gateways.items() if g.cluster == cluster and g.pair is None
+        }
+        return {**pairs, **alone}
+
+    @cached_property
+    def division(self) -> Mapping[tuple[str, str], Mapping[str, list[arithmetic.Range]]]:
+        """(cluster, pool) -> member -> the addresses it owns."""
+        found: dict[tuple[str, str], Mapping[str, list[arithmetic.Range]]] = {}
+        for name, cluster in self.clusters.items():
+            weights = self.weights_of(name)
+            for pool in dict.fromkeys(zone.pool for zone in cluster.zones if zone.pool in self.pools):
+                assert pool is not None
+                given = self.slices.get(name, {}).get(pool, {})
+                before = {member: [span(text) for text in texts] for member, texts in given.items()}
+                found[name, pool] = arithmetic.divide(self.pools[pool].spans(), weights, before)
+        return found
+
+    def pools_of(self, name: str) -> dict[str, Pool]:
+        """The pools that a gateway translates to: in a cluster its slices of them."""
+        used = dict.fromkeys(zone.pool for zone in self.service_of(name).zones if zone.pool in self.pools)
+        cluster, member = self.cluster_of(name), self.member_of(name)
+        found: dict[str, Pool] = {}
+        for pool in used:
+            assert pool is not None
+            if cluster not in self.clusters:
+                found[pool] = self.pools[pool]
+            elif own := self.division[str(cluster), pool].get(member):
+                found[pool] = _part(self.pools[pool], own)
+        return found
 
     def members(self, pair: str) -> list[str]:
         return [name for name, gateway in self.gateways.items() if gateway.pair == pair]
 
     def services(self) -> Iterator[tuple[tuple[str, str], Service, list[str]]]:
         """(where it stands in the file, service, the gateways that offer it)."""
+        for name, cluster in self.clusters.items():
+            yield ("clusters", name), cluster, [g for g in self.gateways if self.cluster_of(g) == name]
         for name, pair in self.pairs.items():
             yield ("pairs", name), pair, self.members(name)
         for name, gateway in self.gateways.items():

@@ -18,11 +18,12 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from ipaddress import IPv4Address, IPv4Interface, summarize_address_range
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provision.model import Bgp, Fleet, Gateway, Pool, Service, Vrrp, milliseconds
+from provision import slices
+from provision.model import Bfd, Bgp, Fleet, Gateway, Pool, Service, Vrrp, milliseconds
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -103,7 +104,7 @@ def render(fleet: Fleet, name: str, *, secret: Secret) -> Rendered:
     )
 
 
-def settings_of(fleet: Fleet, service: Service, pool: Pool) -> Iterator[tuple[str, str]]:
+def settings_of(fleet: Fleet, name: str, service: Service, pool: Pool) -> Iterator[tuple[str, str]]:
     """The keys of a pool in dsnatd.yaml beside its addresses; what is not said is left to the engine."""
     if service.profile is None or "ports" in pool.model_fields_set:
         yield "ports", pool.ports
@@ -111,18 +112,18 @@ def settings_of(fleet: Fleet, service: Service, pool: Pool) -> Iterator[tuple[st
         value = getattr(pool, key)
         if value is not None:
             yield key, str(value)
-    active = pool.active_while or _mark_of_master(fleet, service)
+    active = pool.active_while or _mark_of_master(fleet, name, service)
     if active is not None:
         yield "active_while", str(active)
 
 
-def _mark_of_master(fleet: Fleet, service: Service) -> IPv4Address | None:
+def _mark_of_master(fleet: Fleet, name: str, service: Service) -> IPv4Address | None:
     """The VRRP address that says who answers for the pools: the master has it, the backup does not.
 
     An outside one where there is one; all of a gateway move together, so another is as good."""
     if service.vrrp is None:
         return None
-    members = next(names for _, other, names in fleet.services() if other is service)
+    members = fleet.members(fleet.gateways[name].pair or "") or [name]
     found: dict[str, IPv4Address] = {}
     for interface, instance in service.vrrp.instances.items():
         for member in members:
@@ -142,24 +143,27 @@ def _collectors(fleet: Fleet, service: Service, pools: Collection[str]) -> Itera
 
 
 def _engine(fleet: Fleet, name: str, gateway: Gateway, service: Service) -> str:
-    used = dict.fromkeys(zone.pool for zone in service.zones if zone.pool is not None)
+    own = fleet.pools_of(name)
+    spans = [span for found in own.values() for span in found.spans()]
     pools = [
         (
             pool,
             {
                 "addresses": found.addresses,
                 "drain": found.drain,
-                "settings": list(settings_of(fleet, service, found)),
+                "settings": list(settings_of(fleet, name, service, found)),
             },
         )
-        for pool in used
-        if (found := fleet.pools.get(pool)) is not None
+        for pool, found in own.items()
     ]
     return _fill(
         "dsnatd.yaml.j2",
         gateway=name,
         profile=service.profile,
         service=service,
+        # In a cluster a gateway translates to what it owns: without a slice to nothing.
+        zones=[zone for zone in service.zones if zone.pool is None or zone.pool in own],
+        static=[s for s in service.static if any(low <= int(s.outside) <= high for low, high in spans)],
         engine=service.engine or fleet.defaults.engine,
         interfaces=list(gateway.interfaces.items()),
         pools=pools,
@@ -199,31 +203,34 @@ def _keepalived(fleet: Fleet, name: str, gateway: Gateway, vrrp: Vrrp, password:
 
 
 def _bird(fleet: Fleet, name: str, gateway: Gateway, service: Service, bgp: Bgp) -> str:
-    used = dict.fromkeys(zone.pool for zone in service.zones if zone.pool in fleet.pools)
-    spans = [span for pool in used if pool is not None for span in fleet.pools[pool].spans()]
-    prefixes = [
-        prefix
-        for first, last in spans
-        for prefix in summarize_address_range(IPv4Address(first), IPv4Address(last))
-    ]
+    clustered = fleet.cluster_of(name) in fleet.clusters
+    spans = [span for pool in fleet.pools_of(name).values() for span in pool.spans()]
     neighbors = []
-    for neighbor in bgp.neighbors:
+    for neighbor in gateway.neighbors or bgp.neighbors:
         interface = interface_of(gateway, neighbor.address) or ""
         floating = service.vrrp.instances.get(interface) if service.vrrp is not None else None
         neighbors.append(
             {
                 "address": neighbor.address,
                 "as_number": neighbor.as_number,
+                "side": gateway.interfaces[interface].role if interface else "outside",
                 "own": _own_address(gateway, interface),
                 "next_hop": floating.addresses[0].ip if floating is not None else None,
             }
         )
+    inwards = [str(prefix) for prefix in bgp.inwards] or (["0.0.0.0/0"] if clustered else [])
+    bfd = bgp.bfd or (Bfd() if clustered else None)
     return _fill(
         "bird.conf.j2",
         gateway=name,
         bgp=bgp,
+        bfd={"interval": milliseconds(bfd.interval), "multiplier": bfd.multiplier}
+        if isinstance(bfd, Bfd)
+        else None,
         router_id=neighbors[0]["own"],
-        prefixes=prefixes if bgp.announce == "pools" else [],
+        prefixes=slices.prefixes(spans) if bgp.announce == "pools" else [],
+        inwards=inwards if spans and any(n["side"] == "inside" for n in neighbors) else [],
+        sources=list(dict.fromkeys(str(zone.source) for zone in service.zones)),
         neighbors=neighbors,
     )
 

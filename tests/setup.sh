@@ -21,13 +21,13 @@ packages=(
 	python3 python3-venv ca-certificates
 	# the proof: namespaces, real clients and servers
 	iproute2 procps nftables iptables ethtool tcpdump traceroute iputils-ping iputils-arping curl nginx iperf3 bind9-dnsutils
-	dnsmasq-base natpmpc keepalived openssh-client openssh-server git make
+	dnsmasq-base natpmpc keepalived bird2 openssh-client openssh-server git make
 	# collectors of the NAT log and of the figures
 	nfdump pmacct rsyslog prometheus
 	# the measurements
 	valgrind util-linux
 )
-services=(nginx:nginx keepalived:keepalived openssh-server:ssh nfdump:nfdump pmacct:nfacctd pmacct:pmacctd rsyslog:rsyslog
+services=(nginx:nginx keepalived:keepalived bird2:bird openssh-server:ssh nfdump:nfdump pmacct:nfacctd pmacct:pmacctd rsyslog:rsyslog
 	prometheus:prometheus) # package:unit, for packages that bring a service
 
 packages_need_mib=3000 # in /, for all packages on a bare system

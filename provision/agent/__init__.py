@@ -1,4 +1,4 @@
-"""The gateway's side of the fleet tool: one request in, one answer out, and nothing that keeps running.
+"""The gateway's side of the fleet tool: one request in, one answer out; only `announce` keeps running.
 
 `dsnat-fleet` opens an SSH connection, starts this program and writes one line of JSON to it; the answer
 is one line of JSON. Standard library only, so that it runs on a gateway as it is. The image installs this
@@ -13,6 +13,7 @@ folder as /usr/lib/dsnat/dsnat_agent, and /usr/lib/dsnat/agent leads to its `__m
     services.py    what a change asks of the services
     look.py        requests that only read
     image.py       a new image for the other slot
+    announce.py    a unit of its own: BIRD announces this gateway while the engine is well
     machine.py     all that is asked of the gateway itself; a test replaces it
     disk.py        files that survive a power cut
 """

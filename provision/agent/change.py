@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from .disk import digest_of_files
@@ -165,6 +166,28 @@ def release(state: State, request: Json) -> Json:
         if lease is not None and lease["owner"] == request.get("owner") and state.pending() is None:
             state.drop_lease()
         return {}
+
+
+def clear(state: State, request: Json) -> Json:
+    """Ends the sessions on addresses that have left this gateway: their replies go elsewhere. Hosts are
+    told so with their next packet (`tcp_midflow: reset`). Addresses that it still owns are refused.
+    """
+    wanted = request.get("outside")
+    if not isinstance(wanted, list) or not all(isinstance(text, str) for text in wanted):
+        raise Refused("usage", '"outside" must be a list of prefixes')
+    try:
+        gone = [IPv4Network(text) for text in wanted]
+        pools = state.machine.engine({"cmd": "show", "what": "pools"})["pools"]
+        own = {IPv4Address(a["address"]) for pool in pools for a in pool["addresses"]}
+        for net in gone:
+            if any(address in own for address in net):
+                raise Refused("usage", f"{net} has addresses of this gateway; only those that left are ended")
+        ended = [state.machine.engine({"cmd": "clear", "outside": str(net)}, 30.0) for net in gone]
+    except ValueError as error:
+        raise Refused("usage", str(error)) from error
+    total = sum(int(answer["cleared"]) for answer in ended)
+    state.machine.log(f"ended {total} sessions on {', '.join(wanted)} owner={line_in(request, 'owner')}")
+    return {"cleared": total}
 
 
 def drain(state: State, request: Json) -> Json:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import change, image, look, stage, undo
+from . import announce, change, image, look, stage, undo
 from .machine import Machine
 from .protocol import PROTOCOL, Json, Refused, number_in, read_request
 from .state import State
@@ -28,6 +28,7 @@ VERBS: dict[str, Verb] = {
     "release": change.release,
     "describe": stage.describe,
     "drain": change.drain,
+    "clear": change.clear,
     "exec": look.execute,
     "probe": look.probe,
     "receive": image.receive,
@@ -43,6 +44,8 @@ LOCAL: dict[str, Callable[[State], Json]] = {
     "change": lambda state: change.by_hand(state, read_request()),
 }
 """For units of the gateway and for its console."""
+
+BIRD_CONF = Path(os.environ.get("DSNAT_ETC", "/etc/dsnat")) / "bird.conf"
 
 
 def reply(state: State, request: Json) -> Json:
@@ -73,11 +76,15 @@ def main() -> int:
             result = reply(state, read_request())
         elif arguments[0] == "undo" and len(arguments) == 2:
             result = undo.undo(state, arguments[1])
+        elif arguments == ["announce"]:
+            announce.announce(state.machine, BIRD_CONF)  # until it is ended
+            result = {}
         elif arguments[0] in LOCAL and len(arguments) == 1:
             result = LOCAL[arguments[0]](state)
         else:
             raise Refused(
-                "usage", f"usage: agent [{' | '.join(LOCAL)} | undo ID], or a request on standard input"
+                "usage",
+                f"usage: agent [{' | '.join(LOCAL)} | announce | undo ID], or a request on standard input",
             )
         said = {"protocol": PROTOCOL, "ok": True, "result": result}
     except Refused as refused:

@@ -10,6 +10,8 @@ from typing import Any
 
 from .disk import digest, digest_of_files
 from .protocol import VERSION, Json, Refused, files_below, without_secrets
+from .routing import routing_facts
+from .services import BGP
 from .state import State
 
 WORD = r"[A-Za-z0-9_.:/@=,-]+"
@@ -78,6 +80,7 @@ def facts(state: State, request: Json) -> Json:
         units=dict(zip(units, active.split(), strict=False)),
         addresses=addresses(state),
         drained=machine.is_drained(),
+        routing=routing_facts(state) if BGP in said else {},
         engine=engine_facts(state, request.get("shows", ["pools"])),
     )
     return found

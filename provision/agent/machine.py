@@ -22,6 +22,7 @@ from .protocol import Json, Refused
 class Machine:
     """All that the agent needs of the gateway it runs on."""
 
+    drain_file = Path(os.environ.get("DSNAT_DRAIN", "/run/dsnat-drain"))  # keepalived and announce look here
     updates = Path(os.environ.get("DSNAT_UPDATES", "/var/updates"))  # where systemd-sysupdate looks
 
     def __init__(self, root: Path, socket_path: str = "/run/dsnatd/control.sock") -> None:
@@ -135,11 +136,11 @@ class Machine:
         return ""
 
     def write_drain(self, on: bool) -> None:
-        Path("/run/dsnat-drain").write_text("1\n" if on else "0\n")
+        self.drain_file.write_text("1\n" if on else "0\n")
 
     def is_drained(self) -> bool:
         with contextlib.suppress(OSError):
-            return Path("/run/dsnat-drain").read_text().strip() not in ("", "0")
+            return self.drain_file.read_text().strip() not in ("", "0")
         return False
 
     def announce(self, text: str) -> None:

@@ -69,6 +69,32 @@ gateways:
       outside0: {{role: outside, path: dpdk, device: "0000:00:04.0", addresses: [198.51.100.3/24]}}
 """
 
+MEMBER = """\
+  gw{n}:
+    cluster: north
+    management: {{address: 192.0.2.{n}}}
+    host_key: ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFGT6nTb3i0nCRfdyjVkNEVTjXNeiWrxDMUIxdm2Cto{n}
+    interfaces:
+      inside0: {{role: inside, path: nfqueue, addresses: [100.64.0.{n}/24]}}
+      outside0: {{role: outside, path: nfqueue, addresses: [198.51.100.{n}/24]}}
+"""
+
+CLUSTER = """\
+schema: 1
+pools:
+  public: {addresses: [203.0.113.0/26]}
+clusters:
+  north:
+    bgp:
+      as: 64512
+      neighbors:
+        - {address: 100.64.0.254, as: 64513}
+        - {address: 198.51.100.254, as: 64500}
+    zones:
+      - {source: 100.64.0.0/10, pool: public}
+gateways:
+""" + "".join(MEMBER.format(n=n) for n in range(1, 5))
+
 Reader = Callable[..., tuple[Fleet, Source]]
 Complaints = Callable[..., list[str]]
 

@@ -14,26 +14,14 @@ import pytest
 from provision.agent import PROTOCOL, Refused
 from provision.agent.command import reply
 from provision.agent.state import State
+from provision.handover import NoHandOver, drain, with_failover
 from provision.model import Fleet
 from provision.plan import Change, Running, plan
-from provision.push import (
-    AgentRefused,
-    Budget,
-    NoHandOver,
-    Order,
-    Remote,
-    Result,
-    drain,
-    gather,
-    push_all,
-    push_one,
-    units,
-    waves,
-    with_failover,
-    witnesses,
-)
+from provision.push import AgentRefused, Attempt, Order, Remote, Result, gather
 from provision.render import render
+from provision.rollout import Budget, push_all, units, waves
 from provision.ssh import LostInFlight, Throttled, Unreachable
+from provision.witness import witnesses
 from tests.provision.conftest import LONE, PAIR, Reader, changed
 from tests.provision.machine import FakeMachine
 
@@ -110,9 +98,9 @@ def push(lab: Lab, read: Reader, text: str = LONE, name: str = "gw1", **order: A
     found = gather([name], lab.dial, jobs=1)[name]
     assert isinstance(found, Running)
     (change,) = plan({name: rendered}, {name: found}).changes
-    witness = witnesses(fleet, name, rendered, lab.dial)
+    witness = witnesses(fleet, found, rendered, lab.dial)
     options = Order("alice", "p", **{"window_s": 30, **order})
-    return push_one(change, rendered, lab.dial, options, witness=witness, now=lab.now, nap=lab.nap)
+    return Attempt(name, lab.dial, options, witness, now=lab.now, nap=lab.nap).push(change, rendered)
 
 
 def fail_on(*steps: str, times: int = 1, error: Exception | None = None) -> Callable[[str, str], None]:
@@ -420,5 +408,6 @@ def test_a_plan_that_was_made_for_another_generation_is_stale(lab: Lab, read: Re
     assert isinstance(found, Running)
     (old,) = plan({"gw1": rendered}, {"gw1": found}).changes
     push(lab, read, changed(LONE, ("id: 10", "id: 11")))
-    result = push_one(old, rendered, lab.dial, Order("alice", "p"), witness=lambda running, remote: None)
+    attempt = Attempt("gw1", lab.dial, Order("alice", "p"), lambda running, remote: None)
+    result = attempt.push(old, rendered)
     assert result.outcome == "stale"

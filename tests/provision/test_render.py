@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from provision.render import Rendered, RenderError, _fill, render
 from provision.secret import SecretError, vrrp_password
-from tests.provision.conftest import KEYS, LONE, PAIR, Reader, changed
+from tests.provision.conftest import CLUSTER, KEYS, LONE, PAIR, Reader, changed
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/provision"
 
@@ -70,9 +70,11 @@ pairs:
 )
 
 
-@pytest.mark.parametrize(("case", "name"), [("lone", "gw1"), ("pair", "gw2"), ("rich", "gw2")])
+@pytest.mark.parametrize(
+    ("case", "name"), [("lone", "gw1"), ("pair", "gw2"), ("rich", "gw2"), ("cluster", "gw2")]
+)
 def test_files_are_as_agreed(read: Reader, request: pytest.FixtureRequest, case: str, name: str) -> None:
-    rendered = files_of(read, {"lone": LONE, "pair": PAIR, "rich": RICH}[case], name)
+    rendered = files_of(read, {"lone": LONE, "pair": PAIR, "rich": RICH, "cluster": CLUSTER}[case], name)
     found = "".join(
         f"==> {file} {value.mode:o}\n{value.text}" for file, value in sorted(rendered.files.items())
     )

@@ -1,0 +1,146 @@
+"""Verbs that need no gateway: the file, what follows from it, and what it can be made of."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from provision.verbs import INVALID, Exit, Options, emit, read, shared, wanted_files
+
+if TYPE_CHECKING:
+    from provision.dsnat import Known
+    from provision.load import Problem, Source
+    from provision.model import Fleet
+
+
+@click.command()
+@shared
+def validate(options: Options) -> None:
+    """Check the file: form, names, and rules over the whole fleet."""
+    from provision.load import InvalidFleet, load
+    from provision.validate import validate as rules
+
+    problems: list[Problem] = []
+    fleet: Fleet | None = None
+    source: Source
+    try:
+        fleet, source = load(options.file)
+        problems = rules(fleet, source)
+        if not any(problem.warning is False for problem in problems):
+            wanted_files(fleet, list(fleet.gateways), options)
+    except InvalidFleet as error:
+        problems = error.problems
+    bad = sum(not problem.warning for problem in problems)
+    if options.json:
+        emit({"ok": not bad, "problems": [problem.as_json() for problem in problems]})
+    else:
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        if not bad and fleet is not None:
+            pools = sum(pool.size() for pool in fleet.pools.values())
+            print(
+                f"{options.file}: valid; {len(fleet.gateways)} gateways, {len(fleet.pairs)} pairs, "
+                f"{len(fleet.pools)} pools with {pools} addresses"
+            )
+    if bad:
+        raise Exit(INVALID, "" if options.json else f"{options.file}: {bad} error{'s' * (bad > 1)}")
+
+
+@click.command()
+@click.argument("gateway")
+@shared
+def render(options: Options, gateway: str) -> None:
+    """Print the files that GATEWAY should have. Needs no network."""
+    fleet = read(options)
+    if gateway not in fleet.gateways:
+        raise Exit(INVALID, f"there is no gateway {gateway} in {options.file}")
+    from provision.plan import shown
+
+    rendered = wanted_files(fleet, [gateway], options)[gateway]
+    if options.json:
+        emit({name: shown(file.text) for name, file in rendered.files.items()})
+        return
+    for name, file in rendered.files.items():
+        print(f"==> {name}\n{shown(file.text)}")
+
+
+@click.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--management", multiple=True, metavar="[GW=]ADDRESS", help="Management address of a gateway.")
+@click.option("--host-key", multiple=True, metavar="[GW=]KEY", help="Its SSH host key.")
+@click.option(
+    "--interface",
+    multiple=True,
+    metavar="[GW:]NAME=ADDRESS/LEN[,PCI]",
+    help="An interface's own address and device.",
+)
+def import_(
+    files: tuple[Path, ...],
+    management: tuple[str, ...],
+    host_key: tuple[str, ...],
+    interface: tuple[str, ...],
+) -> None:
+    """Print fleet.yaml for dsnat's own files: keepalived.conf (both nodes'), rc.local, ipvsadm -S.
+
+    What could not be carried over is named on standard error. Gateways are called gw1, gw2 in the
+    order of files.
+    """
+    from provision.dsnat import import_files
+
+    texts: list[tuple[str, str]] = []
+    for file in files:
+        try:
+            texts.append((str(file), file.read_text(errors="replace")))
+        except OSError as error:
+            raise Exit(INVALID, f"{file} cannot be read: {error.strerror}") from error
+    imported = import_files(texts, _known(management, host_key, interface))
+    for remark in imported.remarks:
+        print(remark, file=sys.stderr)
+    print(imported.text, end="")
+
+
+def _known(management: Sequence[str], host_key: Sequence[str], interface: Sequence[str]) -> dict[str, Known]:
+    """What the options say about each gateway; without a name they mean gw1."""
+    from provision.dsnat import CHANGE, Known
+
+    def by_gateway(given: Sequence[str], mark: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for text in given:
+            name, rest = text.split(mark, 1) if re.match(rf"gw\d+{mark}", text) else ("gw1", text)
+            found.setdefault(name, []).append(rest)
+        return found
+
+    addresses, names = by_gateway(interface, ":"), by_gateway(management, "=")
+    keys = by_gateway(host_key, "=")
+    known: dict[str, Known] = {}
+    for gateway in addresses.keys() | names.keys() | keys.keys():
+        own: list[tuple[str, str]] = []
+        devices: list[tuple[str, str]] = []
+        for text in addresses.get(gateway, []):
+            name, sign, rest = text.partition("=")
+            address, _, device = rest.partition(",")
+            if not sign or "/" not in address:
+                raise Exit(
+                    INVALID,
+                    f"--interface {text}: write it as eth0=100.64.0.2/24 or eth0=100.64.0.2/24,0000:00:03.0",
+                )
+            own.append((name, address))
+            if device:
+                devices.append((name, device))
+        known[gateway] = Known(
+            names.get(gateway, [CHANGE])[-1], keys.get(gateway, [CHANGE])[-1], tuple(own), tuple(devices)
+        )
+    return known
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of fleet.yaml, for editors."""
+    from provision.model import Fleet
+
+    emit({"$schema": "https://json-schema.org/draft/2020-12/schema", **Fleet.model_json_schema()})
