@@ -8,10 +8,11 @@ keeps what it may still announce: nobody else gets it.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 
 from provision import slices
@@ -180,52 +181,84 @@ def strangers(fleet: Fleet, running: Mapping[str, Running]) -> list[str]:
     return said
 
 
-def rehash(cluster_hashing: str, before: int, after: int) -> float:
-    """The share of flows on gateways that stay which routers send to another one when the number changes.
+def rehash(hashing: str, before: Sequence[str], after: Sequence[str]) -> float:
+    """The share of flows, of gateways that stay, which routers send to another one when members change.
 
     resilient    none: only the buckets of the member that goes, or idle ones
-    threshold    the hash range is cut into equal regions, in order (Linux, most vendors by default); one
-                 member goes at a place that we do not know, so the mean over all places
-    modulo       all but one in the larger of the two numbers
+    threshold    the range of the hash is cut into equal regions, one for each next hop in the order of their
+                 addresses (Linux, and most vendors by default)
+    modulo       the hash modulo the number of next hops, in that order
     """
-    if before == after or cluster_hashing == "resilient" or not before or not after:
+    if hashing == "resilient" or not before or not after:
         return 0.0
-    small, large = sorted((before, after))
-    if cluster_hashing == "modulo":
-        return 1 - 1 / large
-    total = 0.0
-    for gone in range(large):
-        stay = [i for i in range(large) if i != gone][:small]
-        kept = 0.0
-        for position, member in enumerate(stay):
-            low = max(member / large, position / small)
-            high = min((member + 1) / large, (position + 1) / small)
-            kept += max(0.0, high - low)
-        total += 1 - kept * (large / small if after < before else 1)
-    return total / large
+    cuts = math.lcm(len(before), len(after))  # at which either of them changes
+    if hashing == "modulo":
+        pairs = [(before[n % len(before)], after[n % len(after)]) for n in range(cuts)]
+    else:
+        pairs = [(before[n * len(before) // cuts], after[n * len(after) // cuts]) for n in range(cuts)]
+    staying = [(old, new) for old, new in pairs if old in after]
+    return sum(old != new for old, new in staying) / len(staying) if staying else 0.0
 
 
-def bill(fleet: Fleet, running: Mapping[str, Running], *, drained: Iterable[str] = ()) -> list[str]:
-    """What hosts behind a cluster will notice when members come or go, `drained` ones beside those that
-    fleet.yaml has no share for.
-    """
-    said: list[str] = []
+@dataclass(frozen=True)
+class Loss:
+    """What hosts behind a cluster will notice when its members change."""
+
+    cluster: str
+    before: int  # members that routers inside use
+    after: int
+    ending: Mapping[str, int]  # member that goes -> its sessions, which end
+    staying: int  # sessions of the others
+    rehashed: int  # of these, how many arrive at another gateway and end there, on average
+
+    @property
+    def total(self) -> int:
+        return sum(self.ending.values()) + self.rehashed
+
+
+def losses(fleet: Fleet, running: Mapping[str, Running], *, drained: Iterable[str] = ()) -> list[Loss]:
+    """For each cluster whose members change: to those that fleet.yaml has a share for, less `drained`."""
+    found: list[Loss] = []
     for name, cluster in fleet.clusters.items():
         members = {fleet.member_of(g): running[g] for g in running if fleet.cluster_of(g) == name}
-        serving = [m for m, r in members.items() if running_pools(r) and not r.facts.get("drained")]
-        wanted = [m for m, weight in fleet.weights_of(name).items() if weight and m not in drained]
+        ill = {m for m, r in members.items() if running_pools(r) and "error" in r.facts.get("engine", {})}
+        out = ill | {m for m, r in members.items() if r.facts.get("drained") or not running_pools(r)}
+        serving = [m for m in members if m not in out]
+        wanted = [m for m, w in fleet.weights_of(name).items() if w and m not in drained and m not in ill]
         if not serving or set(serving) == set(wanted):
             continue
         live = {
             m: int(r.facts.get("engine", {}).get("status", {}).get("sessions", 0)) for m, r in members.items()
         }
-        for gone in (m for m in serving if m not in wanted):
-            said.append(f"{gone} leaves cluster {name}: its {live[gone]} sessions end")
-        share = rehash(cluster.hashing, len(serving), len(wanted))
-        rest = sum(live[m] for m in serving if m in wanted)
+        place = {fleet.member_of(g): _inside(fleet, g) for g in fleet.gateways}
+        ending = {m: live[m] for m in serving if m not in wanted}
+        staying = sum(live[m] for m in serving if m in wanted)
+        share = rehash(cluster.hashing, *(sorted(side, key=place.__getitem__) for side in (serving, wanted)))
+        found.append(Loss(name, len(serving), len(wanted), ending, staying, round(share * staying)))
+    return found
+
+
+def _inside(fleet: Fleet, name: str) -> int:
+    """The address by which routers inside know a gateway: they sort their next hops by it."""
+    service = fleet.service_of(name)
+    for interface, found in fleet.gateways[name].interfaces.items():
+        if found.role == "inside":
+            floating = service.vrrp.instances.get(interface) if service.vrrp is not None else None
+            for address in (*(floating.addresses if floating is not None else ()), *found.addresses):
+                if isinstance(address, IPv4Interface):
+                    return int(address.ip)
+    return 0
+
+
+def bill(fleet: Fleet, running: Mapping[str, Running], *, drained: Iterable[str] = ()) -> list[str]:
+    """The losses as sentences."""
+    said: list[str] = []
+    for loss in losses(fleet, running, drained=drained):
+        said += [f"{m} leaves cluster {loss.cluster}: its {n} sessions end" for m, n in loss.ending.items()]
+        hashing = fleet.clusters[loss.cluster].hashing
         said.append(
-            f"routers inside go from {len(serving)} to {len(wanted)} gateways ({cluster.hashing} hashing): "
-            f"about {round(share * rest)} of {rest} sessions of the others arrive elsewhere and end there"
+            f"routers inside go from {loss.before} to {loss.after} gateways ({hashing} hashing): about "
+            f"{loss.rehashed} of {loss.staying} sessions of the others arrive elsewhere and end there"
         )
     return said
 

@@ -36,6 +36,9 @@ def carry_out(
     if not leaving:
         return rollout.carry_out(plan, wanted, running)
     sources = list(dict.fromkeys(move.source for move in leaving))
+    empty = [name for name in sources if not rollout.fleet.pools_of(name)]
+    for name in empty:  # it could give hosts no address any more: routers inside must know first
+        _ask(rollout, name, {"do": "drain", "on": True})
     steps = {name: _between(wanted[name], running[name], leaving) for name in sources}
     results = _step(rollout, "drain", steps, running, last=False)
     if all(result.good for result in results) and not rollout.stop.is_set():
@@ -43,6 +46,8 @@ def carry_out(
         results = _step(rollout, "move", {name: wanted[name] for name in sources}, now)
         if all(result.good for result in results) and not rollout.stop.is_set():
             _end_sessions(rollout, leaving)
+            for name in empty:  # bird.conf announces nothing now; it may come back with a share
+                _ask(rollout, name, {"do": "drain", "on": False})
             rest = {name: wanted[name] for name in wanted if name not in sources}
             return [*results, *_step(rollout, "announce", rest, running)]
     told = {result.gateway for result in results}
@@ -100,6 +105,9 @@ def _await_empty(rollout: Rollout, leaving: list[Move], running: Mapping[str, Ru
 def _end_sessions(rollout: Rollout, leaving: list[Move]) -> None:
     for source in dict.fromkeys(move.source for move in leaving):
         ranges = [r for move in leaving if move.source == source for r in move.ranges]
-        with suppress(GatewayError), rollout.dial(source) as remote:
-            request = {"do": "clear", "outside": slices.prefixes(ranges), "owner": rollout.order.owner}
-            remote.ask(request, deadline_s=FACTS_S)
+        _ask(rollout, source, {"do": "clear", "outside": slices.prefixes(ranges)})
+
+
+def _ask(rollout: Rollout, name: str, request: dict[str, object]) -> None:
+    with suppress(GatewayError), rollout.dial(name) as remote:
+        remote.ask({**request, "owner": rollout.order.owner}, deadline_s=FACTS_S)

@@ -104,7 +104,10 @@ def divide(
     whole, total = merged(pool), sum(active.values())
     most = block_size(size(whole), len(active))
     share = {name: size(whole) * weight / total for name, weight in active.items()}
-    blocks = {name: _blocks(common(before.get(name, ()), whole), most) for name in active}
+    left, blocks = whole, {}
+    for name in active:  # of what two had before, by hand, the first keeps it
+        blocks[name] = _blocks(common(before.get(name, ()), left), most)
+        left = without(left, blocks[name])
     have = {name: size(listed) for name, listed in blocks.items()}
 
     def lacks(name: str) -> float:
@@ -114,9 +117,8 @@ def divide(
         blocks[name].append(block)
         have[name] += size([block])
 
-    taken = [block for listed in blocks.values() for block in listed]
     name = ""
-    for block in _blocks(without(whole, taken), most):
+    for block in _blocks(left, most):
         if not name or lacks(name) < size([block]) / 2:  # else the same as before: fewer prefixes
             name = max(active, key=lacks)
         give(name, block)

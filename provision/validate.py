@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv4Interface, ip_address
 
+from provision import validate_cluster
 from provision.load import Loc, Problem, Source
 from provision.model import Fleet, Gateway, Pool, Service, Zone, milliseconds, span
 from provision.render import interface_of
 
 Rule = Callable[[Fleet, Source], Iterator[Problem]]
 
+TAKEN = {"all", "default", "lo", "dsnat0", "dsnat-in", "dsnat-out"}
 HOST_BITS_MAX = 22  # a zone larger than this is a provider's; guessing its hosts would be noise
 
 
@@ -241,7 +243,7 @@ def static_mappings_are_in_a_pool(fleet: Fleet, at: Source) -> Iterator[Problem]
 
 def interface_names_are_free(fleet: Fleet, at: Source) -> Iterator[Problem]:
     for name, gateway in fleet.gateways.items():
-        for interface in gateway.interfaces.keys() & {"all", "default", "lo", "dsnat0"}:
+        for interface in gateway.interfaces.keys() & TAKEN:
             text = f"the name {interface} is taken by Linux or by the engine itself; choose another"
             yield at.problem(("gateways", name, "interfaces", interface), text, key=True)
 
@@ -387,6 +389,8 @@ def routes_have_a_way(fleet: Fleet, at: Source) -> Iterator[Problem]:
             continue
         service = fleet.service_of(name)
         where: Loc = ("pairs", gateway.pair) if gateway.pair in fleet.pairs else ("gateways", name)
+        if fleet.cluster_of(name) in fleet.clusters:
+            where = ("clusters", str(fleet.cluster_of(name)))
         listed: list[tuple[Loc, IPv4Address]] = [
             ((*where, "routes", i, "via"), route.via) for i, route in enumerate(service.routes)
         ]
@@ -405,6 +409,8 @@ def neighbors_are_connected(fleet: Fleet, at: Source) -> Iterator[Problem]:
         for i, neighbor in enumerate(service.bgp.neighbors):
             loc: Loc = (*where, "bgp", "neighbors", i, "address")
             for name in members:
+                if fleet.gateways[name].neighbors:
+                    continue  # its own count
                 if interface_of(fleet.gateways[name], neighbor.address) is None:
                     text = f"the neighbour {neighbor.address} is in no prefix of an interface of {name}"
                     yield at.problem(loc, text)
@@ -538,4 +544,5 @@ RULES: tuple[Rule, ...] = (
     pools_are_large_enough,
     management_stays_reachable,
     times_are_possible,
+    *validate_cluster.RULES,
 )

@@ -12,15 +12,19 @@ thread here keeps as BIRD's routes are (what FRR does on a router). Gateways are
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from provision.agent import PROTOCOL, Json, Refused
 from provision.agent.command import reply
 from provision.agent.machine import Machine
 from provision.agent.state import State
+from provision.handover import drain
 from provision.load import load
 from provision.model import Fleet
 from provision.plan import Running
@@ -37,7 +42,7 @@ from provision.push import AgentRefused, Order, Remote, Result, gather
 from provision.render import Rendered, render
 from provision.rollout import Budget, Rollout
 from provision.validate import validate
-from tests.lab import Lab, Netns, Program, run, wait_until
+from tests.lab import Lab, LabError, Netns, Program, new_lab, run, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 INSIDE_AS, OUR_AS, OUTSIDE_AS = 64513, 64512, 64500
@@ -92,8 +97,9 @@ protocol bgp gateways {{
     neighbor range {network} as {peer_as};
     dynamic name "gateway";
     hold time 9;
+    error wait time 1, 4;
     bfd on;
-    ipv4 {{ import all; export where proto = "own"; next hop self; }};
+    ipv4 {{ import all; export where {exports}; next hop self; }};
 }}
 """
 
@@ -247,6 +253,8 @@ class Cluster:
                 peer_as=OUR_AS,
                 announces=announces,
                 table=table,
+                exports='proto = "own"'
+                + (" || source = RTS_BGP" if table == "" and own_as == OUTSIDE_AS else ""),
                 bfd=self.bfd_ms,
                 log=self.lab.directory / f"{name}-bird.log",
             )
@@ -260,15 +268,8 @@ class Cluster:
         stop = threading.Event()
 
         def members() -> list[int]:
-            said = run(
-                ["ip", "-n", self.inside.name, "-j", "route", "show", "table", str(TABLE)], check=False
-            )
-            found: list[int] = []
-            for route in json.loads(said or "[]"):
-                if route["dst"] == "default":
-                    hops = route.get("nexthops") or [route]
-                    found = sorted(int(hop["gateway"].rpartition(".")[2]) for hop in hops if "gateway" in hop)
-            return found
+            words = ["ip", "-n", self.inside.name, "route", "show", "default", "table", str(TABLE)]
+            return sorted(int(n) for n in re.findall(r"via 100\.64\.0\.(\d+)", run(words, check=False)))
 
         def follow() -> None:
             have: list[int] = []
@@ -311,7 +312,8 @@ class Cluster:
         yield Asked(self.members[name])
 
     def look(self, fleet: Fleet) -> dict[str, Running]:
-        found = gather(fleet.gateways, self.dial, jobs=4)
+        """What runs, of those that were there before."""
+        found = gather([name for name in fleet.gateways if name in self.members], self.dial, jobs=4)
         return {name: value for name, value in found.items() if isinstance(value, Running)}
 
     def push(self, *numbers: int, weights: Mapping[int, int] | None = None) -> list[Result]:
@@ -357,9 +359,8 @@ class Cluster:
     def next_hops(self) -> set[str]:
         """Gateways to which the inside router sends new flows."""
         if self.hashing == "resilient":
-            said = run(["ip", "-n", self.inside.name, "-j", "nexthop", "show"], check=False)
-            groups = [hop for hop in json.loads(said or "[]") if hop.get("id") == GROUP]
-            return {f"gw{part['id']}" for hop in groups for part in hop["group"]}
+            found = re.search(rf"id {GROUP} group (\S+)", self.inside.ip("nexthop show"))
+            return {f"gw{part.partition(',')[0]}" for part in found[1].split("/")} if found else set()
         text = self.inside.ip("route show default")
         return {f"gw{n}" for n in re.findall(r"via 100\.64\.0\.(\d+)", text)}
 
@@ -453,7 +454,8 @@ class Flows:
         return self._answer()
 
     def judged(self, *, deadline_s: float = 30) -> dict[str, int]:
-        """When every marked flow has been heard from, or was reset."""
+        """What became of the marked flows, once each was heard from after this moment, or was reset."""
+        self.ask("settled")
         latest: dict[str, int] = {}
 
         def over() -> bool:
@@ -461,11 +463,231 @@ class Flows:
             latest = self.ask("count")
             return latest["silent"] == 0
 
-        try:
+        with suppress(LabError):  # the silent ones are in the count
             wait_until("all flows to be heard from or reset", over, deadline_s=deadline_s)
-        except Exception:
-            print("still silent:", latest)
         return latest
 
 
-Builder = Callable[[], Cluster]
+# ---- what happens to a cluster, what the plan says of it, and what is counted
+# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event. `predicted` is the product's own bill, `reset` what hosts counted."""
+
+    name: str
+    predicted: int
+    reset: int
+    silent: int
+    kept: int
+    again: int  # of those that were reset, how many got through at once when they tried again
+    seconds: float  # until the routers had followed
+    exact: bool  # else the hash of routers decides, and three standard deviations are right
+
+    @property
+    def right(self) -> bool:
+        of = self.reset + self.kept
+        near = abs(self.reset - self.predicted) <= (0 if self.exact else 3 * math.sqrt(of) / 2)
+        return near and not self.silent and self.again == self.reset
+
+    def row(self) -> str:
+        sign = "=" if self.exact else "~"
+        return (
+            f"{self.name:<24}{sign}{self.predicted:>9}{self.reset:>9}{self.kept:>9}{self.again:>9}"
+            f"{self.seconds:>9.2f}  {'ok' if self.right else 'WRONG'}"
+        )
+
+
+HEADS = f"{'event':<24}{'predicted':>10}{'reset':>9}{'kept':>9}{'again':>9}{'seconds':>9}"
+
+
+class Story:
+    """A cluster of four and its flows; each method is one event."""
+
+    def __init__(self, lab: Cluster, flows: Flows) -> None:
+        self.lab, self.flows = lab, flows
+        self.exact = lab.hashing == "resilient"
+        self.names = list(lab.members)
+
+    def _event(self, name: str, predict: Callable[[], int], act: Callable[[], float]) -> Event:
+        """All flows anew, so that every session that a gateway counts is one that lives."""
+        self.flows.ask("close")
+        for member in self._alive():
+            member.machine.engine({"cmd": "clear", "all": True}, 30.0)
+        assert self.flows.ask("open")["up"] == self.flows.up["of"]
+        predicted, before = predict(), {m.name: m.sessions() for m in self._alive()}
+        self.flows.ask("mark")
+        seconds = act()
+        found = self.flows.judged()
+        again = self.flows.ask("again")["again"]
+        counts = found["reset"], found["silent"], found["kept"]
+        event = Event(name, predicted, *counts, again, seconds, self.exact)
+        shares = ", ".join(f"{gateway} {n}" for gateway, n in before.items())
+        print(f"{event.row()}   before: {shares}", flush=True)
+        return event
+
+    def _alive(self) -> list[Member]:
+        return [member for member in self.lab.members.values() if member.alive("dsnatd")]
+
+    def _loss(self, *gone: str) -> int:
+        fleet = self.lab.fleet()
+        return sum(loss.total for loss in cluster.losses(fleet, self.lab.look(fleet), drained=gone))
+
+    def drained(self, name: str) -> Event:
+        rest = [other for other in self.names if other != name]
+
+        def act() -> float:
+            drain(self.lab.fleet(), name, self.lab.dial, on=True)
+            return self._timed(lambda: self.lab.next_hops() == set(rest))
+
+        event = self._event(f"drain {name}", lambda: self._loss(name), act)
+        assert name in self.lab.slices().values(), "what still comes back must find the drained one"
+        return event
+
+    def back(self, name: str) -> Event:
+        """The opposite of a drain. With resilient hashing the returning member takes idle buckets only."""
+
+        def predict() -> int:
+            rest = [other for other in self.names if other != name]
+            share = cluster.rehash(self.lab.hashing, rest, self.names)
+            return round(share * sum(member.sessions() for member in self._alive()))
+
+        def act() -> float:
+            drain(self.lab.fleet(), name, self.lab.dial, on=False)
+            return self._timed(lambda: self.lab.settled(*self.names))
+
+        return self._event(f"drain {name} --undo", predict, act)
+
+    def changed(self, name: str, numbers: Sequence[int], weights: Mapping[int, int]) -> Event:
+        """A push with other members."""
+
+        def predict() -> int:
+            old = self.lab.weights
+            self.lab.weights = {n: weights.get(n, 1) for n in numbers}
+            fleet = self.lab.fleet()
+            running = self.lab.look(fleet)
+            self.lab.weights = old
+            lost = cluster.losses(fleet, running)
+            gone = {member for loss in lost for member in loss.ending}
+            moved = sum(move.sessions for move in cluster.moves(fleet, running) if move.source not in gone)
+            if not lost:
+                return moved
+            (loss,) = lost  # a session that moves and is sent elsewhere ends once
+            rest = 1 - moved / loss.staying
+            return sum(loss.ending.values()) + moved + round(loss.rehashed * rest)
+
+        def act() -> float:
+            results = self.lab.push(*numbers, weights=weights)
+            assert all(result.good for result in results), results
+            self.names = [f"gw{n}" for n in numbers if weights.get(n, 1)]
+            return self._timed(lambda: self.lab.settled(*self.names))
+
+        return self._event(name, predict, act)
+
+    def killed(self, name: str) -> Event:
+        def act() -> float:
+            self.lab.members[name].kill()
+            rest = set(self.names) - {name}
+            return self._timed(lambda: self.lab.next_hops() == rest)
+
+        event = self._event(f"power off {name}", lambda: self._loss(name), act)
+        self.names.remove(name)
+        return event
+
+    def engine_died(self, name: str) -> Event:
+        """Only dsnatd: BIRD lives, and must withdraw."""
+
+        def act() -> float:
+            process = self.lab.members[name].programs["dsnatd"].process
+            process.kill()
+            process.wait()
+            return self._timed(lambda: name not in self.lab.next_hops() | set(self.lab.slices().values()))
+
+        event = self._event(f"kill -9 dsnatd of {name}", lambda: self._loss(name), act)
+        self.names.remove(name)
+        return event
+
+    def bfd_flapped(self, name: str) -> Event:
+        """What routers and gateway say to each other is lost until it has been seen, and then is not."""
+        space = self.lab.members[name].space
+        rules = [
+            ("INPUT", "-p", protocol, f"--{end}", port, "-j", "DROP")
+            for protocol, end, port in (
+                ("udp", "dport", "3784"),
+                ("tcp", "dport", "179"),
+                ("tcp", "sport", "179"),
+            )
+        ]
+
+        def act() -> float:
+            for rule in rules:
+                space.run("iptables", "-I", *rule)
+            gone = self._timed(lambda: name not in self.lab.next_hops())
+            self.flows.judged()  # while it is away
+            for rule in rules:
+                space.run("iptables", "-D", *rule)
+            self._timed(lambda: self.lab.settled(*self.names))
+            return gone
+
+        return self._event(f"BFD flap of {name}", lambda: self._loss(name), act)
+
+    @staticmethod
+    def _timed(done: Callable[[], bool]) -> float:
+        begun = time.monotonic()
+        wait_until("the routers to follow", done, deadline_s=60)
+        return time.monotonic() - begun
+
+
+def throughput(lab: Cluster, seconds: int = 5) -> str:
+    """128 TCP streams of iperf3 through all gateways, and the share of each by its outside interface."""
+
+    def sent(member: Member) -> int:
+        return int(member.space.run("cat", "/sys/class/net/outside0/statistics/tx_bytes"))
+
+    server = lab.server.start("iperf3", "-s", "-1", "-J", "-B", SERVER, log="iperf3-server.json")
+    lab.server.wait_for_listener(server, 5201)
+    before = {name: sent(member) for name, member in lab.members.items()}
+    words = ("iperf3", "-J", "-c", SERVER, "-B", FIRST_HOST, "-P", "128", "-t", str(seconds))
+    end = json.loads(lab.hosts.run(*words, timeout_s=120))["end"]["sum_received"]
+    share = {name: sent(member) - before[name] for name, member in lab.members.items()}
+    parts = ", ".join(f"{name} {100 * n / sum(share.values()):.0f} %" for name, n in share.items())
+    return f"128 streams, {end['bits_per_second'] / 1e6:.0f} Mbit/s in all: {parts}"
+
+
+def tell(lab: Cluster, count: int) -> list[Event]:
+    """The whole story."""
+    assert all(result.good for result in lab.push(1, 2, 3, 4))
+    print(f"four gateways in use after {lab.await_settled('gw1', 'gw2', 'gw3', 'gw4'):.1f} s")
+    print(throughput(lab))
+    story = Story(lab, Flows(lab, count))
+    print(f"{lab.hashing} hashing, {count} hosts with a connection each\n{HEADS}")
+    return [
+        story.drained("gw3"),
+        story.back("gw3"),
+        story.changed("add gw5", (1, 2, 3, 4, 5), {}),
+        story.bfd_flapped("gw4"),
+        story.changed("remove gw2", (1, 2, 3, 4, 5), {2: 0}),
+        story.engine_died("gw5"),
+        story.killed("gw1"),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Events in a cluster: what the plan says, and what is counted."
+    )
+    parser.add_argument("--flows", type=int, default=1000)
+    parser.add_argument("--hashing", choices=["resilient", "threshold"], default="resilient")
+    parser.add_argument("--bfd-ms", type=int, default=300)
+    parser.add_argument("--program", type=Path, default=ROOT / ".build/engine/dsnatd")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="dsnat-cluster-"))
+    with new_lab(folder) as made:
+        lab = Cluster(made, options.program, hashing=options.hashing, bfd_ms=options.bfd_ms)
+        events = tell(lab, options.flows)
+    return 0 if all(event.right for event in events) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

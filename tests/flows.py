@@ -2,14 +2,16 @@
 
 Run inside a namespace: `python -m tests.flows serve ADDRESS PORT`, or `... hold FIRST COUNT SERVER PORT
 PERIOD`. The server tells each connection the public address it sees, then echoes. The holder sends a byte on
-each connection every PERIOD seconds. Commands on its standard input, one line each, are answered with one line of
-JSON:
+each connection every PERIOD seconds. Commands on its standard input are answered with a line of JSON:
 
     mark      from now on counted: the connections that are up
+    settled   what is heard counts from now on
     count     of the marked ones: kept (up, and heard from since), reset, silent (up, and not heard from)
     again     the marked ones that were reset or silent are opened anew; answers how many got through
+    lost      public address -> number of marked ones that were reset
     where     public address -> number of connections that are up
-    end       closes every second connection, in order, so that routers see idle flows
+    close     all of them
+    open      all of them anew
 """
 
 from __future__ import annotations
@@ -119,6 +121,9 @@ async def hold(first: str, count: int, server: tuple[str, int], period_s: float)
         if line == "mark":
             marked, since = [flow for flow in flows if flow.state == "up"], time.monotonic()
             say({"marked": len(marked)})
+        elif line == "settled":
+            since = time.monotonic()
+            say({})
         elif line == "count":
             say(
                 {
@@ -132,13 +137,16 @@ async def hold(first: str, count: int, server: tuple[str, int], period_s: float)
             for flow in lost:
                 flow.close()
             say({"again": sum(await asyncio.gather(*map(one, lost))), "of": len(lost)})
+        elif line == "lost":
+            say(dict(Counter(flow.public for flow in marked if flow.state == "reset")))
         elif line == "where":
             say(dict(Counter(flow.public for flow in flows if flow.state == "up")))
-        elif line == "end":
-            ended = [flow for flow in flows if flow.state == "up"][::2]
-            for flow in ended:
+        elif line == "close":
+            for flow in flows:
                 flow.close()
-            say({"ended": len(ended)})
+            say({})
+        elif line == "open":
+            say({"up": sum(await asyncio.gather(*map(one, flows)))})
     beating.cancel()
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from ipaddress import IPv4Network
 
+from .announce import announced
 from .protocol import Json
+from .services import BGP
 from .state import State
 
 
@@ -14,7 +17,8 @@ def routing_facts(state: State) -> Json:
     if status != 0:
         return {"error": text.splitlines()[-1] if text else f"birdc ended with {status}"}
     _, doubles = state.machine.run(["birdc", "-r", "show", "route", "filtered"], 10.0)
-    return {"neighbors": neighbors_in(text), "doubles": doubles_in(doubles)}
+    own = announced(state.generations / "current" / BGP)
+    return {"neighbors": neighbors_in(text), "doubles": doubles_in(doubles, own)}
 
 
 def neighbors_in(text: str) -> list[Json]:
@@ -41,8 +45,7 @@ def neighbors_in(text: str) -> list[Json]:
     return found
 
 
-def doubles_in(text: str) -> list[str]:
-    """Prefixes of our slice that a neighbour offers us: somebody else announces them. The filter in bird.conf
-    refuses those, and what it refuses beyond them is no address of ours."""
-    own = r"(?m)^([\d./]+)\s.*?\[outside\S* [^]]*\]"
-    return sorted(set(re.findall(own, text)))
+def doubles_in(text: str, own: list[IPv4Network]) -> list[str]:
+    """Prefixes of our slice among those that bird.conf refused: somebody else announces them."""
+    heard = {IPv4Network(p) for p in re.findall(r"(?m)^([\d./]+)\s.*?\[outside\S* [^]]*\]", text)}
+    return sorted(str(net) for net in heard if any(net.overlaps(mine) for mine in own))

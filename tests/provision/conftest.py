@@ -91,7 +91,7 @@ clusters:
         - {address: 100.64.0.254, as: 64513}
         - {address: 198.51.100.254, as: 64500}
     zones:
-      - {source: 100.64.0.0/10, pool: public}
+      - {source: 100.64.0.0/12, pool: public}
 gateways:
 """ + "".join(MEMBER.format(n=n) for n in range(1, 5))
 
