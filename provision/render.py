@@ -169,7 +169,7 @@ def _engine(fleet: Fleet, name: str, gateway: Gateway, service: Service) -> str:
         pools=pools,
         limits=_given(service.limits or fleet.defaults.limits),
         timeouts=_given(service.timeouts or fleet.defaults.timeouts),
-        logging=list(_collectors(fleet, service, used)),
+        logging=list(_collectors(fleet, service, own)),
     )
 
 
