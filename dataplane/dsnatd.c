@@ -764,6 +764,7 @@ static enum status open_worker(struct daemon *d, uint32_t index, uint64_t seed)
 		.worker = index,
 		.n_workers = d->n_workers,
 		.replicate = d->plan->config->sync.on,
+		.clock_ns = thread_clock_ns,
 	};
 	char why[256];
 

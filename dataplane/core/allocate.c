@@ -375,14 +375,10 @@ static void fetch_other_bucket(const struct nat_engine *e, uint64_t hash)
 /* A session waits for three lines: its host, the bucket of its outside tuple, its record. The outside tuple is
  * not chosen yet, but can be told beforehand: cursors step by one and random numbers are those of a counter.
  * Where that is wrong (a port was taken, a packet was refused) a line was fetched for nothing. */
-static void fetch_ahead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+static void fetch_ahead(struct nat_engine *e, struct nat_pkt *pkt, const uint32_t *at, uint32_t n_new)
 {
-	uint32_t at[NAT_BURST_MAX], n_new = 0;
 	uint64_t hash[NAT_BURST_MAX];
 
-	for (uint32_t i = 0; i < n; i++)
-		if (is_new_from_inside(&pkt[i]))
-			at[n_new++] = i;
 	if (n_new < 2) /* nothing to wait for together */
 		return;
 	nat_session_fetch_free(e, n_new);
@@ -415,11 +411,22 @@ static void fetch_ahead(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		fetch_other_bucket(e, hash[i]);
 }
 
-void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+const uint64_t nat_latency_ns[NAT_LATENCY_BUCKETS - 1] = {100,  250,   500,    1000,   2500,
+							  5000, 10000, 100000, 1000000};
+
+/* `n` packets of a burst took so long together. */
+static void book_latency(struct nat_latency *latency, uint64_t spent_ns, uint32_t n)
 {
-	if (e->workers)
-		nat_handover(e, pkt, n);
-	fetch_ahead(e, pkt, n);
+	uint32_t i = 0;
+
+	while (i < NAT_LATENCY_BUCKETS - 1 && spent_ns > nat_latency_ns[i] * n)
+		i++;
+	latency->bucket[i] += n;
+	latency->sum_ns += spent_ns;
+}
+
+static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
 	for (uint32_t i = 0; i < n; i++) {
 		if (pkt[i].settled || pkt[i].session != NAT_NO_SESSION)
 			continue;
@@ -441,4 +448,24 @@ void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 			nat_answer(e, &pkt[i]);
 		}
 	}
+}
+
+void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	uint32_t at[NAT_BURST_MAX], n_new = 0;
+
+	if (e->workers)
+		nat_handover(e, pkt, n);
+	for (uint32_t i = 0; i < n; i++)
+		if (is_new_from_inside(&pkt[i]))
+			at[n_new++] = i;
+	if (n_new == 0) {
+		allocate(e, pkt, n);
+		return;
+	}
+	const uint64_t begun_ns = e->clock_ns ? e->clock_ns() : 0;
+	fetch_ahead(e, pkt, at, n_new);
+	allocate(e, pkt, n);
+	if (e->clock_ns)
+		book_latency(&e->counters.allocation, e->clock_ns() - begun_ns, n_new);
 }

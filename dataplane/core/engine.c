@@ -264,6 +264,7 @@ struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *pa
 	e->n_workers = params->n_workers;
 	e->workers = params->n_workers > 1 ? params->workers : NULL;
 	e->records_left = params->max_sessions;
+	e->clock_ns = params->clock_ns;
 	e->free_record = (uint32_t *)(void *)((uint8_t *)mem + l.free_records);
 	e->free_room = l.n_free_records;
 	e->index = (struct nat_index){.bucket = (struct nat_bucket *)(void *)((uint8_t *)mem + l.buckets),
@@ -461,6 +462,9 @@ bool nat_engine_address(const struct nat_engine *e, uint32_t i, struct nat_addre
 					  .sessions = e->notes->address[i].sessions,
 					  .created = e->notes->address[i].created,
 					  .refused = e->notes->address[i].refused,
+					  .mappings = {e->notes->address[i].mappings[NAT_TRAFFIC_TCP],
+						       e->notes->address[i].mappings[NAT_TRAFFIC_UDP],
+						       e->notes->address[i].mappings[NAT_TRAFFIC_ICMP]},
 					  .draining = e->policy->address[i].draining,
 					  .reserved = e->policy->address[i].reserved};
 	return true;

@@ -337,6 +337,9 @@ struct nat_engine_params {
 	uint32_t worker, n_workers;
 	bool replicate;              /* there is a peer to tell: see replica.h */
 	struct nat_workers *workers; /* NULL with one worker */
+	/* How long allocation takes is measured with it, for nat_counters.allocation only. May be NULL: not
+	 * measured. No decision depends on it. */
+	uint64_t (*clock_ns)(void);
 };
 
 size_t nat_engine_size(const struct nat_engine_params *params);
@@ -492,6 +495,15 @@ struct nat_traffic {
 };
 enum { NAT_TRAFFIC_TCP, NAT_TRAFFIC_UDP, NAT_TRAFFIC_ICMP, NAT_TRAFFIC_KINDS };
 
+/* From a packet without a session to its address and port, refusals included: how often it took up to so long, by
+ * burst. */
+#define NAT_LATENCY_BUCKETS 10u
+extern const uint64_t nat_latency_ns[NAT_LATENCY_BUCKETS - 1]; /* upper ends; the last bucket has none */
+struct nat_latency {
+	uint64_t bucket[NAT_LATENCY_BUCKETS];
+	uint64_t sum_ns;
+};
+
 struct nat_counters {
 	uint64_t received, taken_over;
 	uint64_t forwarded, passed, handed_over, held;
@@ -500,7 +512,9 @@ struct nat_counters {
 	uint64_t reason[NAT_REASON_COUNT]; /* drops by reason; passes by reason too (not part of `dropped`) */
 	uint64_t sessions_created, sessions_expired, sessions_closed;
 	uint64_t sessions; /* live now */
+	uint64_t records;  /* of the table in use: sessions, mappings, permits */
 	uint64_t events_lost;
+	struct nat_latency allocation;
 	struct nat_traffic traffic[NAT_TRAFFIC_KINDS]; /* forwarded */
 };
 const struct nat_counters *nat_engine_counters(const struct nat_engine *e);
@@ -618,10 +632,11 @@ bool nat_engine_hot(const struct nat_engine *e, uint32_t *cursor, struct nat_hot
 
 struct nat_address_view {
 	uint32_t address_be;
-	uint32_t pool;     /* index in the policy */
-	uint64_t sessions; /* live, of this worker */
-	uint64_t created;  /* since the policy first had the address */
-	uint64_t refused;  /* times the address had no free port for the remote that was asked */
+	uint32_t pool;                        /* index in the policy */
+	uint64_t sessions;                    /* live, of this worker */
+	uint64_t created;                     /* since the policy first had the address */
+	uint64_t mappings[NAT_TRAFFIC_KINDS]; /* endpoint-independent: ports in use */
+	uint64_t refused; /* times the address had no free port for the remote that was asked */
 	bool draining;
 	bool reserved; /* by a one-to-one static mapping */
 };

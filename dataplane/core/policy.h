@@ -67,6 +67,7 @@ struct nat_interval {
 
 struct nat_address_note {
 	uint64_t sessions, created, refused;
+	uint64_t mappings[NAT_TRAFFIC_KINDS]; /* live, endpoint-independent */
 };
 
 struct nat_pool_note {

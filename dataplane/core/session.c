@@ -262,6 +262,16 @@ static void count_session(struct nat_engine *e, const struct nat_session *s, int
 		e->notes->address[address].sessions += (uint64_t)(int64_t)by;
 }
 
+/* A mapping that owns a port: not a count of permits. */
+static void count_mapping(struct nat_engine *e, const struct nat_session *s, int by)
+{
+	const uint32_t address = nat_policy_address(e->policy, s->out_addr_be);
+
+	if (address != UINT32_MAX && s->inside.zero[0] == 0)
+		e->notes->address[address].mappings[nat_traffic_kind(s->inside.protocol)] +=
+			(uint64_t)(int64_t)by;
+}
+
 static bool index_both(struct nat_engine *e, uint32_t record)
 {
 	const struct nat_session *s = &e->record[record];
@@ -300,8 +310,11 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 		nat_block_count(e, s, true);
 	if (NAT_UNLIKELY(e->log) && e->trial == NAT_TRIAL_NONE && !(s->state & NAT_STATE_FOREIGN))
 		nat_event_begins(e, s);
-	if (s->flags & NAT_RECORD_MAPPING)
+	e->counters.records++;
+	if (s->flags & NAT_RECORD_MAPPING) {
+		count_mapping(e, s, 1);
 		return record;
+	}
 	if (NAT_UNLIKELY(e->replicas.n_words) && e->trial == NAT_TRIAL_NONE)
 		nat_replica_begins(e, record);
 	nat_wheel_hang(e, record);
@@ -378,8 +391,11 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 		nat_event_ends(e, &gone);
 	if (owns_port(&gone))
 		nat_block_count(e, &gone, false);
-	if (gone.flags & NAT_RECORD_MAPPING)
+	e->counters.records--;
+	if (gone.flags & NAT_RECORD_MAPPING) {
+		count_mapping(e, &gone, -1);
 		return;
+	}
 	if (NAT_UNLIKELY(e->replicas.n_words))
 		nat_replica_ends(e, record);
 	count_session(e, &gone, -1);
@@ -545,6 +561,7 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 		return;
 	}
 	e->records_left--;
+	e->counters.records++;
 	s->worker = (uint8_t)e->worker;
 	/* The process may have died between the two: a connection must not be timed as one that is opening. */
 	if (s->inside.protocol == NAT_PROTO_TCP && !is_mapping)
@@ -554,6 +571,7 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 	if (owns_port(s))
 		nat_block_count(e, s, true);
 	if (is_mapping) {
+		count_mapping(e, s, 1);
 		s->references = (s->flags & NAT_RECORD_ASKED) != 0;
 		if (s->references != 0)
 			nat_host_add(e, s->inside.local_be, s->out_addr_be);

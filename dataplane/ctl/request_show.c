@@ -47,6 +47,10 @@ static void add_counters(struct nat_counters *sum, const struct nat_counters *n)
 		sum->cause[i] += n->cause[i];
 	sum->made += n->made;
 	sum->events_lost += n->events_lost;
+	sum->records += n->records;
+	sum->allocation.sum_ns += n->allocation.sum_ns;
+	for (unsigned i = 0; i < NAT_LATENCY_BUCKETS; i++)
+		sum->allocation.bucket[i] += n->allocation.bucket[i];
 	sum->sessions_created += n->sessions_created;
 	sum->sessions_expired += n->sessions_expired;
 	sum->sessions_closed += n->sessions_closed;
@@ -106,6 +110,20 @@ static json_t *traffic_json(const struct nat_traffic *t)
 			 request_number(t->bytes_in));
 }
 
+/* Upper ends in nanoseconds; the last bucket has none. */
+static json_t *latency_json(const struct nat_latency *l)
+{
+	json_t *buckets = json_array();
+
+	for (unsigned i = 0; i < NAT_LATENCY_BUCKETS; i++)
+		json_array_append_new(buckets, json_pack("[o, o]",
+							 i + 1 < NAT_LATENCY_BUCKETS
+								 ? request_number(nat_latency_ns[i])
+								 : json_null(),
+							 request_number(l->bucket[i])));
+	return json_pack("{s:o, s:o}", "buckets", buckets, "sum_ns", request_number(l->sum_ns));
+}
+
 static json_t *counters_json(const struct nat_counters *n)
 {
 	uint64_t bytes_out = 0, bytes_in = 0;
@@ -137,7 +155,9 @@ static json_t *counters_json(const struct nat_counters *n)
 			    json_pack("{s:o, s:o, s:o}", "tcp", traffic_json(&n->traffic[NAT_TRAFFIC_TCP]),
 				      "udp", traffic_json(&n->traffic[NAT_TRAFFIC_UDP]), "icmp",
 				      traffic_json(&n->traffic[NAT_TRAFFIC_ICMP])));
+	json_object_set_new(all, "records", request_number(n->records));
 	json_object_set_new(all, "events_lost", request_number(n->events_lost));
+	json_object_set_new(all, "allocation", latency_json(&n->allocation));
 	return all;
 }
 
@@ -237,6 +257,8 @@ static struct nat_address_view *sum_addresses(struct request_context *c, uint32_
 				sum[base + i].sessions += before.sessions;
 				sum[base + i].created += before.created;
 				sum[base + i].refused += before.refused;
+				for (uint32_t kind = 0; kind < NAT_TRAFFIC_KINDS; kind++)
+					sum[base + i].mappings[kind] += before.mappings[kind];
 			}
 		} while (step->more);
 	}
@@ -250,20 +272,38 @@ static struct nat_address_view *sum_addresses(struct request_context *c, uint32_
 	return sum;
 }
 
+static json_t *address_text(uint32_t address_be)
+{
+	char address[INET_ADDRSTRLEN];
+
+	inet_ntop(AF_INET, &address_be, address, sizeof(address));
+	return json_string(address);
+}
+
+static json_t *mappings_json(const uint64_t mappings[NAT_TRAFFIC_KINDS])
+{
+	return json_pack("{s:o, s:o, s:o}", "tcp", request_number(mappings[NAT_TRAFFIC_TCP]), "udp",
+			 request_number(mappings[NAT_TRAFFIC_UDP]), "icmp",
+			 request_number(mappings[NAT_TRAFFIC_ICMP]));
+}
+
 static json_t *address_json(const struct nat_address_view *v)
 {
 	char address[INET_ADDRSTRLEN];
 
 	inet_ntop(AF_INET, &v->address_be, address, sizeof(address));
-	return json_pack("{s:s, s:o, s:o, s:o, s:b, s:b}", "address", address, "sessions",
-			 request_number(v->sessions), "created", request_number(v->created), "refused",
-			 request_number(v->refused), "draining", v->draining, "reserved", v->reserved);
+	return json_pack("{s:s, s:o, s:o, s:o, s:o, s:b, s:b}", "address", address, "sessions",
+			 request_number(v->sessions), "mappings", mappings_json(v->mappings), "created",
+			 request_number(v->created), "refused", request_number(v->refused), "draining",
+			 v->draining, "reserved", v->reserved);
 }
 
 static json_t *pool_json(const struct nat_pool_config *pool, const struct nat_policy *policy, uint32_t index,
-			 const struct nat_address_view *view, uint32_t n, uint32_t *room)
+			 const struct nat_address_view *view, uint32_t n, uint32_t addresses_max,
+			 uint32_t *room)
 {
-	uint64_t sessions = 0, created = 0, refused = 0, addresses = 0, draining = 0;
+	uint64_t sessions = 0, created = 0, refused = 0, addresses = 0, draining = 0,
+		 mappings[NAT_TRAFFIC_KINDS] = {0};
 	json_t *list = json_array(), *one;
 	char ports[16];
 
@@ -275,7 +315,9 @@ static json_t *pool_json(const struct nat_pool_config *pool, const struct nat_po
 		sessions += view[i].sessions;
 		created += view[i].created;
 		refused += view[i].refused;
-		if (*room) {
+		for (uint32_t kind = 0; kind < NAT_TRAFFIC_KINDS; kind++)
+			mappings[kind] += view[i].mappings[kind];
+		if (*room && n <= addresses_max) {
 			json_array_append_new(list, address_json(&view[i]));
 			--*room;
 		}
@@ -286,6 +328,12 @@ static json_t *pool_json(const struct nat_pool_config *pool, const struct nat_po
 			config_filtering_word(pool->filtering), "select", config_select_word(pool->select),
 			"announce", config_announce_word(pool->announce), "ports", ports, "active",
 			nat_policy_is_active(policy, index));
+	json_object_set_new(one, "id", request_number(nat_policy_pool_id(policy, index)));
+	if (pool->active_while_be)
+		json_object_set_new(one, "active_while", address_text(pool->active_while_be));
+	json_object_set_new(one, "n_ports",
+			    request_number(addresses * (pool->port_last - pool->port_first + 1u)));
+	json_object_set_new(one, "mappings", mappings_json(mappings));
 	json_object_set_new(one, "sessions", request_number(sessions));
 	json_object_set_new(one, "created", request_number(created));
 	json_object_set_new(one, "refused", request_number(refused));
@@ -297,16 +345,18 @@ static json_t *pool_json(const struct nat_pool_config *pool, const struct nat_po
 
 json_t *request_show_pools(struct request_context *c)
 {
-	static const char *const keys[] = {"cmd", "what", "pool", "limit"};
+	static const char *const keys[] = {"cmd", "what", "pool", "limit", "small"};
 	const struct nat_config *nat = &c->ops->config(c->ops->context)->nat;
 	const struct nat_policy *policy = c->ops->policy(c->ops->context);
-	uint32_t n, room = PAGE_ADDRESSES, start = 0;
+	/* small: only pools of at most so many addresses list them */
+	uint32_t n, room = PAGE_ADDRESSES, small = UINT32_MAX, start = 0;
 	struct nat_address_view *view;
 	const char *only = NULL;
 	json_t *list;
 
 	if (!request_only_keys(c, keys, COUNT(keys)) || !request_read_text(c, "pool", &only) ||
-	    !request_read_count(c, "limit", CONFIG_ADDRESSES_MAX, &room))
+	    !request_read_count(c, "limit", CONFIG_ADDRESSES_MAX, &room) ||
+	    !request_read_count(c, "small", CONFIG_ADDRESSES_MAX, &small))
 		return NULL;
 	view = sum_addresses(c, &n);
 	if (!view)
@@ -318,8 +368,8 @@ json_t *request_show_pools(struct request_context *c)
 		while (end < n && view[end].pool == i)
 			end++;
 		if (!only || !strcmp(only, nat->pools[i].name))
-			json_array_append_new(
-				list, pool_json(&nat->pools[i], policy, i, view + start, end - start, &room));
+			json_array_append_new(list, pool_json(&nat->pools[i], policy, i, view + start,
+							      end - start, small, &room));
 		start = end;
 	}
 	free(view);
