@@ -171,7 +171,7 @@ struct nat_engine {
 	struct nat_asked asked;
 	struct nat_events events;
 	struct nat_replicas replicas;
-	uint64_t (*clock_ns)(void); /* NULL: allocation is not measured */
+	uint64_t (*clock_ns)(void);  /* NULL: allocation is not measured */
 	struct nat_event_ring *log;  /* NULL: nothing is logged */
 	struct nat_capture *capture; /* NULL: nobody looks */
 	enum nat_trial_mode trial;
