@@ -35,6 +35,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <rte_cycles.h>
 #include <rte_launch.h>
 #include <rte_lcore.h>
 #include <rte_version.h>
@@ -135,7 +136,7 @@ struct daemon {
 	struct announce announce;
 	uint64_t connected; /* digest of the prefixes that announcements were made for */
 	int epoll_fd, signal_fd, tick_fd, announce_fd;
-	uint64_t started_ns, started_s, watchdog_us;
+	uint64_t started_ns, started_tsc, started_s, watchdog_us;
 	struct log log;
 	struct export *nat_log;
 	struct sync *sync;                /* NULL: there is no peer */
@@ -335,6 +336,15 @@ static uint64_t on_rings(void *context)
 	return n;
 }
 
+/* At the pace of this machine's counter since the start. */
+static uint64_t cycles_of(const struct daemon *d, uint64_t ns)
+{
+	const uint64_t past_ns = thread_clock_ns() - d->started_ns;
+
+	return past_ns ? (uint64_t)((double)(rte_rdtsc() - d->started_tsc) / (double)past_ns * (double)ns)
+		       : 0;
+}
+
 static bool on_worker_view(void *context, uint32_t worker, struct request_worker *view)
 {
 	struct daemon *d = context;
@@ -349,6 +359,8 @@ static bool on_worker_view(void *context, uint32_t worker, struct request_worker
 		.packets = t->packets,
 		.idle_ns = t->idle_ns,
 		.busy_ns = t->busy_ns,
+		.work_ns = t->work_ns,
+		.cycles = cycles_of(d, t->work_ns),
 		.sleeps = t->sleeps,
 		.handover_sent = t->handed_over,
 		.handover_received = t->taken_over,
@@ -936,6 +948,7 @@ static enum status serve(struct daemon *d)
 	d->announce_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
 	d->generation = 1;
 	d->started_ns = thread_clock_ns();
+	d->started_tsc = rte_rdtsc();
 	clock_gettime(CLOCK_REALTIME, &wall);
 	d->started_s = (uint64_t)wall.tv_sec;
 	d->n_workers = workers_wanted(&d->plan->config->nat);

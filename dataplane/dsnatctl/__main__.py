@@ -239,6 +239,41 @@ def do_capture(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def do_top(arguments: argparse.Namespace) -> int:
+    from dsnatctl import top
+
+    with Engine(arguments.socket) as engine:
+        if arguments.json:
+            raise UsageError("top is for people; scripts ask dsnatctl show ... --json")
+        if not arguments.once and not sys.stdout.isatty():
+            raise UsageError("top needs a terminal; --once prints one frame")
+        if arguments.once:
+            sys.stdout.writelines(f"{line}\n" for line in top.once(engine, arguments.seconds))
+        else:
+            top.live(engine, arguments.seconds)
+    return 0
+
+
+def do_support(arguments: argparse.Namespace) -> int:
+    from dsnatctl import support
+
+    path = arguments.output or support.default_name()
+    try:
+        archive = support.write(
+            path, socket_path=arguments.socket, config=arguments.config, sessions=arguments.sessions
+        )
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); give another --output") from error
+    if arguments.json:
+        told = {"ok": True, "file": path, "collected": archive.collected, "missing": archive.missing}
+        print(json.dumps(told))
+        return 0
+    for one in archive.missing:
+        print(f"dsnatctl: not collected: {one['what']}: {one['why']}", file=sys.stderr)
+    print(f"{path}: {len(archive.collected)} items, {len(archive.missing)} could not be had")
+    return 0
+
+
 def open_for_packets(stack: ExitStack, path: str) -> BinaryIO:
     """For its owner only: packets are other people's."""
     opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -433,6 +468,17 @@ def parser() -> argparse.ArgumentParser:
     capture.add_argument(
         "--snap", type=positive, default=2048, metavar="BYTES", help="of each packet; default 2048"
     )
+    top_ = verb("top", do_top, "a live screen: rates of workers, pools, drops and destinations")
+    top_.add_argument("--once", action="store_true", help="print one frame and end")
+    top_.add_argument(
+        "--seconds", type=seconds, default=1.0, metavar="S", help="between two looks; default 1"
+    )
+    support = verb(
+        "support", do_support, "one archive for help: configuration without secrets, counters, journal, NICs"
+    )
+    support.add_argument("--output", metavar="FILE", help="default: dsnat-support-HOST-TIME.tar.gz here")
+    support.add_argument("--config", default=CONFIG, metavar="FILE", help=f"default {CONFIG}")
+    support.add_argument("--sessions", action="store_true", help="the session table too: it names hosts")
     verb("rfc", do_rfc, "which clauses of the NAT RFCs the running settings give up")
     metrics = verb("metrics", do_metrics, "serve the engine's figures to Prometheus")
     metrics.add_argument("--listen", default=":9732", metavar="[ADDRESS]:PORT", help="default :9732")
@@ -444,6 +490,13 @@ def parser() -> argparse.ArgumentParser:
     release.add_argument("--config", default=CONFIG, metavar="FILE", help=f"default {CONFIG}")
     verb("version", do_version, "the version of the engine that runs")
     return top
+
+
+def seconds(text: str) -> float:
+    number = float(text)
+    if not 0.05 <= number <= 3600:
+        raise ValueError
+    return number
 
 
 def positive(text: str) -> int:

@@ -172,6 +172,14 @@ def _columns(rows: Sequence[tuple[str, int, str]]) -> Iterator[str]:
         yield f"{name:<18} {count:>16}  {text}".rstrip()
 
 
+def load(now: Json, before: Json | None = None) -> str:
+    """How much of its time a worker has spent on packets, in all or since `before`."""
+    then = before or {}
+    spent = {key: now.get(key, 0) - then.get(key, 0) for key in ("work_ns", "busy_ns", "idle_ns")}
+    time_ns = spent["busy_ns"] + spent["idle_ns"]
+    return f"{min(100 * spent['work_ns'] / time_ns, 100):.1f} %" if time_ns > 0 else "-"
+
+
 def workers(answer: Json) -> Iterator[str]:
     rows = []
     for w in answer["workers"]:
@@ -179,13 +187,12 @@ def workers(answer: Json) -> Iterator[str]:
             rows.append((w["worker"], *("-" * 9), "does not answer"))
             continue
         c = w["counters"]
-        time_ns = w.get("busy_ns", 0) + w.get("idle_ns", 0)
         packets = w.get("packets", 0)
         rows.append(
             (
                 w["worker"],
                 w.get("core", "-") if w.get("core", -1) >= 0 else "-",
-                f"{100 * w['busy_ns'] / time_ns:.1f} %" if time_ns else "-",
+                load(w),
                 c["received"],
                 c["forwarded"],
                 c["dropped"],
@@ -196,7 +203,7 @@ def workers(answer: Json) -> Iterator[str]:
                 "" if w["equation"] else "equation broken",
             )
         )
-    head = ("worker", "core", "busy", "received", "forwarded", "dropped", "sessions", "cycles/packet")
+    head = ("worker", "core", "load", "received", "forwarded", "dropped", "sessions", "cycles/packet")
     yield from table((*head, "handed over", "taken over", ""), rows)
 
 

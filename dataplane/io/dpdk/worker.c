@@ -585,14 +585,19 @@ int worker_run(void *argument)
 {
 	struct worker *w = argument;
 	uint32_t idle_rounds = 0;
+	uint64_t worked_ns = 0; /* since when, if the last round had packets */
 	uint64_t start_ns = thread_clock_ns();
 
 	prctl(PR_SET_TIMERSLACK, 1000); /* ns: the default of 50 us would be most of a short sleep */
 	while (!atomic_load_explicit(&w->thread.stop, memory_order_relaxed)) {
 		uint64_t now_ns = thread_clock_ns();
 
+		if (worked_ns)
+			w->thread.work_ns += now_ns - worked_ns;
+		worked_ns = 0;
 		if (round_of(w, now_ns)) {
 			idle_rounds = 0;
+			worked_ns = now_ns;
 		} else if (++idle_rounds > IDLE_ROUNDS) {
 			idle(w, idle_rounds);
 		}

@@ -518,7 +518,9 @@ void *queue_run(void *argument)
 		}
 		run_ns = now_ns;
 		drain(q, now_ns);
-		if (!n) {
+		if (n) {
+			t->work_ns += thread_clock_ns() - now_ns;
+		} else {
 			uint64_t sleep_ns = thread_clock_ns();
 
 			thread_sleep(t, -1, q->epoll_fd, SLEEP_US, pending, q);
