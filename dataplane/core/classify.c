@@ -179,11 +179,13 @@ static bool classify_plain_outside(const struct nat_policy *policy, struct nat_p
 
 void nat_classify(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
+	e->elsewhere.n = 0;
 	for (uint32_t i = 0; i < n; i++) {
 		if (pkt[i].settled)
 			continue;
-		if (NAT_LIKELY(nat_has_own_tuple(&pkt[i])))
-			nat_session_fetch_record(e, &pkt[i]);
+		if (NAT_LIKELY(nat_has_own_tuple(&pkt[i])) &&
+		    NAT_UNLIKELY(!nat_session_fetch_record(e, &pkt[i])))
+			e->elsewhere.at[e->elsewhere.n++] = (uint8_t)i;
 		const bool from_inside = nat_is_from_inside(e, &pkt[i]);
 		if (is_plain(&pkt[i]) && (from_inside ? classify_plain_inside(e->policy, &pkt[i])
 						      : classify_plain_outside(e->policy, &pkt[i])))

@@ -144,6 +144,12 @@ struct nat_asked {
 	uint32_t n;
 };
 
+/* Packets of a burst whose records, if they have one, do not stand in the first bucket. */
+struct nat_elsewhere {
+	uint32_t n;
+	uint8_t at[NAT_BURST_MAX];
+};
+
 struct nat_engine {
 	struct nat_policy *policy;
 	struct nat_workers *workers; /* NULL: this is the only one */
@@ -162,6 +168,7 @@ struct nat_engine {
 	uint32_t mappings_held; /* in NAT_TIMER_HOLD */
 	struct nat_world world;
 	struct nat_random random;
+	struct nat_elsewhere elsewhere;
 	struct nat_counters counters;
 	struct nat_portsets portsets;
 	struct nat_hosts hosts;
@@ -295,15 +302,30 @@ static inline void nat_session_fetch_bucket(const struct nat_engine *e, struct n
 	NAT_PREFETCH(nat_index_bucket(&e->index, pkt->hash));
 }
 
-static inline void nat_session_fetch_record(const struct nat_engine *e, struct nat_pkt *pkt)
+static inline const struct nat_bucket *nat_session_other_bucket(const struct nat_engine *e,
+								const struct nat_pkt *pkt)
+{
+	const struct nat_bucket *bucket = nat_index_bucket(&e->index, pkt->hash);
+
+	return &e->index.bucket[nat_index_alternate(&e->index, (uint32_t)(bucket - e->index.bucket),
+						    nat_index_tag(pkt->hash))];
+}
+
+/* False: if there is one it stands elsewhere, and that bucket was sent for. */
+static inline bool nat_session_fetch_record(const struct nat_engine *e, struct nat_pkt *pkt)
 {
 	const struct nat_bucket *bucket = nat_index_bucket(&e->index, pkt->hash);
 	const uint32_t ways = nat_bucket_ways(bucket, nat_index_tag(pkt->hash));
 
-	if (NAT_UNLIKELY(!ways))
-		return;
-	pkt->guess = bucket->entry[NAT_CTZ64(ways)] >> 1;
-	NAT_PREFETCH(&e->record[pkt->guess]);
+	if (NAT_LIKELY(ways)) {
+		pkt->guess = bucket->entry[NAT_CTZ64(ways)] >> 1;
+		NAT_PREFETCH(&e->record[pkt->guess]);
+		return true;
+	}
+	if (bucket->strangers == 0)
+		return true;
+	NAT_PREFETCH(nat_session_other_bucket(e, pkt));
+	return false;
 }
 
 /* ---- many workers (handover.c): only where e->workers is set ---- */

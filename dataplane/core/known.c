@@ -207,15 +207,47 @@ static uint32_t walk_inbound(struct nat_engine *e, struct nat_pkt *pkt, uint32_t
 	return at;
 }
 
+/* Those whose record stands in the other bucket, which has come by now: sends for their records. */
+static uint32_t fetch_late(const struct nat_engine *e, const struct nat_pkt *pkt,
+			   uint32_t late[NAT_BURST_MAX], uint32_t guess[NAT_BURST_MAX])
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < e->elsewhere.n; i++) {
+		const struct nat_pkt *p = &pkt[e->elsewhere.at[i]];
+		const struct nat_bucket *bucket = nat_session_other_bucket(e, p);
+		const uint32_t ways = p->settled ? 0 : nat_bucket_ways(bucket, nat_index_tag(p->hash));
+		if (!ways)
+			continue;
+		late[n] = e->elsewhere.at[i];
+		guess[n] = bucket->entry[NAT_CTZ64(ways)] >> 1;
+		NAT_PREFETCH(&e->record[guess[n++]]);
+	}
+	return n;
+}
+
 uint32_t nat_known(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
 	const uint64_t before = e->counters.forwarded;
 	struct barred barred = {0, false};
+	uint32_t late[NAT_BURST_MAX], guess[NAT_BURST_MAX], n_late = 0;
 
+	if (NAT_UNLIKELY(e->elsewhere.n))
+		n_late = fetch_late(e, pkt, late, guess);
 	/* A burst comes from one port, so most are of one direction only. Where it changes, the RST of a session that
 	 * was not found yet could be one of this direction's. */
 	for (uint32_t at = 0; at < n && !barred.lost;)
 		at += nat_is_inbound(&pkt[at]) ? walk_inbound(e, pkt + at, n - at, &barred)
 					       : walk_outbound(e, pkt + at, n - at, &barred);
+	for (uint32_t i = 0; i < n_late; i++) {
+		struct nat_pkt *p = &pkt[late[i]];
+		p->guess = guess[i];
+		if (barred.lost)
+			continue;
+		if (nat_is_inbound(p))
+			walk_inbound(e, p, 1, &barred);
+		else
+			walk_outbound(e, p, 1, &barred);
+	}
 	return (uint32_t)(e->counters.forwarded - before);
 }

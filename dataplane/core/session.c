@@ -431,38 +431,8 @@ uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, u
 	return NAT_NO_RECORD;
 }
 
-/* The tag was not in the bucket of the hash: where entries of that bucket stand elsewhere, look there. All
- * those buckets first, then their records, then everybody's. */
-static void fetch_elsewhere(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
-{
-	const struct nat_index *index = &e->index;
-	uint32_t at[NAT_BURST_MAX], other[NAT_BURST_MAX], n_elsewhere = 0;
-
-	for (uint32_t i = 0; i < n; i++) {
-		if (NAT_LIKELY(pkt[i].guess != NAT_NO_RECORD) || !nat_has_own_tuple(&pkt[i]))
-			continue;
-		const struct nat_bucket *bucket = nat_index_bucket(index, pkt[i].hash);
-		if (bucket->strangers == 0)
-			continue;
-		other[n_elsewhere] = nat_index_alternate(index, (uint32_t)(bucket - index->bucket),
-							 nat_index_tag(pkt[i].hash));
-		NAT_PREFETCH(&index->bucket[other[n_elsewhere]]);
-		at[n_elsewhere++] = i;
-	}
-	for (uint32_t i = 0; i < n_elsewhere; i++) {
-		struct nat_pkt *p = &pkt[at[i]];
-		const struct nat_bucket *bucket = &index->bucket[other[i]];
-		const uint32_t ways = nat_bucket_ways(bucket, nat_index_tag(p->hash));
-		if (!ways)
-			continue;
-		p->guess = bucket->entry[NAT_CTZ64(ways)] >> 1;
-		NAT_PREFETCH(&e->record[p->guess]);
-	}
-}
-
 void nat_session_lookup(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
-	fetch_elsewhere(e, pkt, n);
 	for (uint32_t i = 0; i < n; i++) {
 		if (pkt[i].settled)
 			continue;
@@ -470,8 +440,10 @@ void nat_session_lookup(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		if (NAT_LIKELY(pkt[i].guess != NAT_NO_RECORD && nat_session_holds(s, &pkt[i].tuple) &&
 			       !nat_session_over(e, s)))
 			pkt[i].session = pkt[i].guess;
-		else if (pkt[i].guess != NAT_NO_RECORD || (pkt[i].stage_flags & NAT_STAGE_ICMP_ERROR))
-			/* another tuple with the same tag, one whose time is up, or nothing was fetched */
+		else if (pkt[i].guess != NAT_NO_RECORD || (pkt[i].stage_flags & NAT_STAGE_ICMP_ERROR) ||
+			 nat_index_bucket(&e->index, pkt[i].hash)->strangers != 0)
+			/* another tuple with the same tag, one whose time is up, one that stands elsewhere, or
+			 * nothing was fetched */
 			pkt[i].session = nat_session_find(e, &pkt[i].tuple, pkt[i].hash);
 	}
 }
