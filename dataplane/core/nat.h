@@ -271,6 +271,19 @@ _Static_assert(offsetof(struct nat_pkt, tuple) % 8 == 0, "hashed as two words");
 
 #define NAT_NO_SESSION UINT32_MAX
 
+/* A packet from outside, as the shell has it. All else is the core's to write: a shell that clears the whole spends as
+ * much on that as the core on parsing. */
+static inline void nat_pkt_present(struct nat_pkt *pkt, uint8_t *l3, uint32_t len_bytes, void *cookie,
+				   uint8_t iface, uint16_t flags)
+{
+	pkt->l3 = l3;
+	pkt->cookie = cookie;
+	pkt->len_bytes = len_bytes;
+	pkt->flags = flags;
+	pkt->iface = iface;
+	pkt->errand = (struct nat_errand){0};
+}
+
 /* ---- what the shell tells the core about the world ---- */
 
 struct nat_world {

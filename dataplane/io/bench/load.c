@@ -209,11 +209,8 @@ void load_present(struct load *load, uint32_t at, uint8_t iface, struct nat_pkt 
 	for (uint32_t i = 0; i < BURST; i++) {
 		uint8_t *frame = load_frame_at(load, at + i);
 
-		pkt[i] = (struct nat_pkt){.l3 = frame + ETHER_BYTES,
-					  .cookie = frame,
-					  .len_bytes = FRAME_BYTES - ETHER_BYTES,
-					  .iface = iface,
-					  .flags = NAT_PKT_IP_CSUM_GOOD};
+		nat_pkt_present(&pkt[i], frame + ETHER_BYTES, FRAME_BYTES - ETHER_BYTES, frame, iface,
+				NAT_PKT_IP_CSUM_GOOD);
 	}
 }
 

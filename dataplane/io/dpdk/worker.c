@@ -390,14 +390,10 @@ static void translate(struct worker *w, struct nat_pkt *pkt, uint32_t n, uint64_
 
 static void present(struct nat_pkt *pkt, struct rte_mbuf *m, uint8_t iface, uint16_t flags)
 {
-	memset(pkt, 0, sizeof *pkt);
-	pkt->l3 = rte_pktmbuf_mtod_offset(m, uint8_t *, ETHER_BYTES);
-	pkt->len_bytes = rte_pktmbuf_data_len(m) - ETHER_BYTES;
-	pkt->cookie = m;
-	pkt->iface = iface;
-	pkt->flags = flags;
 	if ((m->ol_flags & RTE_MBUF_F_RX_IP_CKSUM_MASK) == RTE_MBUF_F_RX_IP_CKSUM_GOOD)
-		pkt->flags |= NAT_PKT_IP_CSUM_GOOD;
+		flags |= NAT_PKT_IP_CSUM_GOOD;
+	nat_pkt_present(pkt, rte_pktmbuf_mtod_offset(m, uint8_t *, ETHER_BYTES),
+			rte_pktmbuf_data_len(m) - ETHER_BYTES, m, iface, flags);
 }
 
 static void arp(struct worker *w, struct port *port, struct rte_mbuf *m)
