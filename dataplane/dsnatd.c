@@ -8,7 +8,7 @@
  *                                                  one engine each
  *
  * Without an interface on the DPDK path neither EAL nor hugepages are touched. With interfaces on both, worker 0
- * serves the ports and the netfilter queue: one engine, so one session table and one set of pools.
+ * serves the netfilter queue besides its ports.
  *
  * The control thread hands things to workers by swapping a pointer and raising `generation`; what was swapped
  * out goes on the list of `retired` objects and is freed when every worker has reached that generation
@@ -49,6 +49,7 @@
 #include "ctl/socket.h"
 #include "ctl/sync.h"
 #include "io/announce.h"
+#include "io/crew.h"
 #include "io/dpdk/eal.h"
 #include "io/dpdk/guard.h"
 #include "io/dpdk/port.h"
@@ -128,6 +129,7 @@ struct daemon {
 	pthread_t queue_thread; /* only without DPDK ports */
 	bool queue_runs;
 	struct memory sessions, *engine_memory;
+	struct crew crew;
 	struct nat_table *table;
 	struct socket_server *socket;
 	const struct request_ops *ops;
@@ -216,6 +218,7 @@ static void plan_free(void *object)
 static struct plan *plan_new(struct config *config, const struct plan *previous)
 {
 	struct plan *plan = calloc(1, sizeof *plan);
+	config->nat.n_workers = previous ? previous->config->nat.n_workers : crew_size(&config->nat);
 	size_t bytes = (nat_policy_size(&config->nat) + 63) & ~(size_t)63;
 
 	if (plan)
@@ -672,19 +675,6 @@ static enum status fail(enum status status, const char *sentence)
 	return status;
 }
 
-/* The core does not hand packets over between engines yet, and a worker that cannot find the session of a
- * reply would drop it: until then one worker has all queues. */
-#define WORKERS_SUPPORTED 1u
-
-static uint32_t workers_wanted(const struct nat_config *config)
-{
-	if (config->workers > WORKERS_SUPPORTED)
-		fprintf(stderr,
-			"dsnatd: engine.workers: %u is taken as %u: this version translates with one core\n",
-			config->workers, WORKERS_SUPPORTED);
-	return WORKERS_SUPPORTED;
-}
-
 static enum status open_devices(struct daemon *d)
 {
 	const struct nat_config *config = &d->plan->config->nat;
@@ -764,19 +754,18 @@ static enum status open_sessions(struct daemon *d, uint64_t seed)
 static enum status open_worker(struct daemon *d, uint32_t index, uint64_t seed)
 {
 	struct worker *w = &d->workers[index];
-	uint64_t max_sessions = d->plan->config->nat.max_sessions;
 	struct nat_engine_params params = {
 		.table = d->table,
 		.policy = d->plan->policy,
 		.world = {.context = d->route, .route = route_lookup, .own_address = route_own_address},
-		/* hosts do not spread evenly: each may hold half as much again as its share */
-		.max_sessions = d->n_workers == 1 ? max_sessions : max_sessions / d->n_workers * 3 / 2 + 1,
+		.max_sessions = crew_share(&d->plan->config->nat),
 		.seed = seed + index,
 		.now_ns = thread_clock_ns(),
 		.worker = index,
 		.n_workers = d->n_workers,
 		.replicate = d->plan->config->sync.on,
 		.clock_ns = thread_clock_ns,
+		.workers = d->crew.workers,
 	};
 	char why[256];
 
@@ -858,6 +847,8 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	(void)pools_follow(d, d->plan);
 	if (!(d->nat_log = export_open(d->n_workers)) || !export_prepare(d->nat_log, d->plan->config))
 		return fail(NO_MEMORY, "no memory for the NAT log");
+	if (!crew_open(&d->crew, config, &d->ports, seed, d->options.no_huge))
+		return fail(NO_MEMORY, "no memory for what workers share; lower engine.max_sessions");
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		if ((status = open_worker(d, w, seed)))
 			return status;
@@ -921,6 +912,7 @@ static void stop(struct daemon *d)
 		thread_close(&d->workers[w].thread);
 		memory_release(&d->engine_memory[w]);
 	}
+	crew_close(&d->crew);
 	memory_release(&d->sessions);
 	plan_free(d->plan);
 	if (d->eal)
@@ -951,7 +943,7 @@ static enum status serve(struct daemon *d)
 	d->started_tsc = rte_rdtsc();
 	clock_gettime(CLOCK_REALTIME, &wall);
 	d->started_s = (uint64_t)wall.tv_sec;
-	d->n_workers = workers_wanted(&d->plan->config->nat);
+	d->n_workers = d->plan->config->nat.n_workers;
 	d->workers = aligned_alloc(64, d->n_workers * ((sizeof *d->workers + 63) & ~(size_t)63));
 	d->engine_memory = calloc(d->n_workers, sizeof *d->engine_memory);
 	if (!d->workers || !d->engine_memory)

@@ -118,6 +118,13 @@ static uint32_t isolated(int32_t *core, uint32_t max)
 	return n;
 }
 
+uint32_t eal_isolated_cores(void)
+{
+	int32_t core[NAT_WORKERS_MAX];
+
+	return isolated(core, NAT_WORKERS_MAX);
+}
+
 int32_t eal_core_of(uint32_t worker, uint32_t n_workers)
 {
 	int32_t core[NAT_WORKERS_MAX];

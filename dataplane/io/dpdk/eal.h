@@ -18,6 +18,8 @@ void eal_stop(void);
 
 bool eal_has_hugepages(void);
 
+/* CPUs that are isolated and that this process may use. */
+uint32_t eal_isolated_cores(void);
 /* The CPU that a worker is pinned to; -1: it may run on any CPU of the daemon. */
 int32_t eal_core_of(uint32_t worker, uint32_t n_workers);
 

@@ -6,6 +6,9 @@
  * Interfaces with a `vlan` share a device: the first of them opens it, the others are ports with a tag. Tags are
  * put on and taken off here (vlan.h), so the kernel twins and the engine never see one.
  *
+ * With several workers all ports get the same RSS key, and redirection tables that lead to worker after worker; what a
+ * port then really has is read back (core/workers.h follows it).
+ *
  * One pool of packet buffers serves all ports: a packet crosses from one to another without a copy. Its size
  * is reckoned from what can be outstanding at once; a worker that leaks shows soon as `no_buffer`.
  */
@@ -22,9 +25,17 @@
 
 #define DESCRIPTORS  512u
 #define CACHE        128u
-#define RINGS_HOLD   4096u /* towards the twins and back, and between workers */
+#define RINGS_HOLD   4096u /* towards the twins and back */
+#define INBOX_HOLD   2048u /* per worker: handed over by others */
 #define WAITING_HOLD 1024u /* per worker: for neighbours and first fragments */
 #define LINK_BYTES   (RTE_ETHER_HDR_LEN + 2 * 4)
+
+/* Microsoft's, and some more for NICs that hash longer inputs. */
+static uint8_t rss_key[NAT_RSS_KEY_BYTES] = {0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25,
+					     0x3d, 0x43, 0xa3, 0x8f, 0xb0, 0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b,
+					     0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c, 0x6a,
+					     0x42, 0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa, 0x4d, 0x8c, 0x13, 0xe9,
+					     0x72, 0xb5, 0x0f, 0xd6, 0x39, 0xa2, 0x5c, 0x81};
 
 static uint32_t dpdk_interfaces(const struct nat_config *config, uint16_t *mtu_max)
 {
@@ -41,8 +52,8 @@ static uint32_t dpdk_interfaces(const struct nat_config *config, uint16_t *mtu_m
 
 static uint32_t buffers(uint32_t n_ports, uint32_t n_workers)
 {
-	return n_ports * n_workers * 2 * DESCRIPTORS + RINGS_HOLD + n_workers * (WAITING_HOLD + 2 * CACHE) -
-	       1;
+	return n_ports * n_workers * 2 * DESCRIPTORS + RINGS_HOLD + n_workers * (WAITING_HOLD + 2 * CACHE) +
+	       (n_workers > 1 ? n_workers * INBOX_HOLD : 0) - 1;
 }
 
 static uint16_t room_bytes(uint16_t mtu_bytes)
@@ -96,6 +107,10 @@ static int start_with(struct port *p, const struct rte_eth_dev_info *info, struc
 		conf.rx_adv_conf.rss_conf.rss_hf =
 			info->flow_type_rss_offloads & (RTE_ETH_RSS_IPV4 | RTE_ETH_RSS_NONFRAG_IPV4_TCP |
 							RTE_ETH_RSS_NONFRAG_IPV4_UDP | RTE_ETH_RSS_FRAG_IPV4);
+		if (info->hash_key_size != 0 && info->hash_key_size <= sizeof rss_key) {
+			conf.rx_adv_conf.rss_conf.rss_key = rss_key;
+			conf.rx_adv_conf.rss_conf.rss_key_len = info->hash_key_size;
+		}
 	}
 	if (*info->dev_flags & RTE_ETH_DEV_INTR_RMV)
 		conf.intr_conf.rmv = 1;
@@ -114,6 +129,83 @@ static int start_with(struct port *p, const struct rte_eth_dev_info *info, struc
 			return -ENOTSUP;
 		}
 	return 0;
+}
+
+/* ---- RSS ---- */
+
+static bool read_key(const struct port *p, struct nat_rss *rss)
+{
+	const uint64_t wanted = RTE_ETH_RSS_NONFRAG_IPV4_TCP | RTE_ETH_RSS_NONFRAG_IPV4_UDP;
+	struct rte_eth_rss_conf conf = {.rss_key = rss->key, .rss_key_len = sizeof rss->key};
+
+	return rte_eth_dev_rss_hash_conf_get(p->id, &conf) == 0 && (conf.rss_hf & wanted) == wanted;
+}
+
+/* One class after the other to one queue after the other; and what the port says that it has now. */
+static bool set_classes(const struct port *p, const struct rte_eth_dev_info *info, struct nat_rss *rss)
+{
+	struct rte_eth_rss_reta_entry64 entry[NAT_RSS_CLASSES_MAX / RTE_ETH_RETA_GROUP_SIZE] = {0};
+	const uint16_t n = info->reta_size;
+
+	if (n < RTE_ETH_RETA_GROUP_SIZE || n > NAT_RSS_CLASSES_MAX || n % RTE_ETH_RETA_GROUP_SIZE)
+		return false;
+	for (uint32_t i = 0; i < n; i++) {
+		entry[i / RTE_ETH_RETA_GROUP_SIZE].mask = UINT64_MAX;
+		entry[i / RTE_ETH_RETA_GROUP_SIZE].reta[i % RTE_ETH_RETA_GROUP_SIZE] =
+			(uint16_t)(i % p->n_queues);
+	}
+	(void)rte_eth_dev_rss_reta_update(p->id, entry, n);
+	if (rte_eth_dev_rss_reta_query(p->id, entry, n))
+		return false;
+	rss->n_classes = n;
+	for (uint32_t i = 0; i < n; i++)
+		rss->worker[i] =
+			(uint8_t)entry[i / RTE_ETH_RETA_GROUP_SIZE].reta[i % RTE_ETH_RETA_GROUP_SIZE];
+	return true;
+}
+
+static void rss_open(struct port *p, const struct rte_eth_dev_info *info, uint32_t n_workers)
+{
+	p->has_rss = n_workers > 1 && p->n_queues == n_workers && info->flow_type_rss_offloads != 0 &&
+		     read_key(p, &p->rss) && set_classes(p, info, &p->rss) &&
+		     nat_rss_is_usable(&p->rss, n_workers);
+}
+
+bool ports_rss(const struct ports *ports, uint32_t n_workers, bool outside, struct nat_rss *rss, char *why,
+	       size_t why_bytes)
+{
+	const struct port *first = NULL;
+
+	for (uint32_t i = 0; i < ports->n; i++) {
+		const struct port *p = &ports->port[i];
+
+		if (p->outside != outside)
+			continue;
+		if (p->n_queues < n_workers) {
+			snprintf(why, why_bytes, "interface %s has %u queues for %u workers", p->name,
+				 p->n_queues, n_workers);
+			return false;
+		}
+		if (!p->has_rss) {
+			snprintf(why, why_bytes, "interface %s has no RSS whose key and table can be read",
+				 p->name);
+			return false;
+		}
+		if (first && memcmp(&first->rss, &p->rss, sizeof p->rss) != 0) {
+			snprintf(why, why_bytes,
+				 "interfaces %s and %s do not have the same RSS key and table", first->name,
+				 p->name);
+			return false;
+		}
+		first = p;
+	}
+	if (!first) {
+		snprintf(why, why_bytes, "no %s interface is on the DPDK path",
+			 outside ? "outside" : "inside");
+		return false;
+	}
+	*rss = first->rss;
+	return true;
 }
 
 static uint16_t mtu_for(const struct rte_eth_dev_info *info, const struct nat_interface_config *c,
@@ -172,6 +264,7 @@ static int port_open(struct port *p, const struct nat_interface_config *c, uint3
 	}
 	(void)rte_eth_dev_set_mtu(p->id,
 				  p->mtu_bytes); /* vdevs that have no such call take frames as they come */
+	rss_open(p, &info, n_workers);
 	(void)rte_eth_allmulticast_enable(p->id);
 	(void)rte_eth_dev_callback_register(p->id, RTE_ETH_EVENT_INTR_RMV, on_removal, p);
 	if (p->vlan)

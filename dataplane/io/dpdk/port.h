@@ -29,6 +29,8 @@ struct port {
 	struct rte_ether_addr mac;
 	_Atomic bool up;
 	/* the rest */
+	bool has_rss; /* it hashes addresses and ports as `rss` says, one queue for each worker */
+	struct nat_rss rss;
 	struct twin *twin;
 	char name[NAT_NAME_MAX];
 	char device[128];
@@ -54,8 +56,14 @@ struct ports {
 struct note {
 	uint8_t worker; /* who counted it */
 	uint8_t reason; /* as what (NAT_PASS) */
-	uint8_t zero[6];
+	/* handed over: what the core says to its next owner */
+	uint8_t iface, zero;
+	uint16_t flags, zero2;
+	struct nat_errand errand;
+	uint32_t zero3;
 };
+_Static_assert(sizeof(struct note) % RTE_MBUF_PRIV_ALIGN == 0, "as DPDK wants it");
+
 static inline struct note *note_of(struct rte_mbuf *m)
 {
 	return rte_mbuf_to_priv(m);
@@ -68,6 +76,11 @@ uint32_t ports_memory_mb(const struct nat_config *config, uint32_t n_workers);
 int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_workers, char *why,
 	       size_t why_bytes);
 void ports_close(struct ports *ports);
+
+/* How the ports of one role choose the worker of a packet. False: not all of them do, or not in the same way; `why` is
+ * the beginning of a sentence. */
+bool ports_rss(const struct ports *ports, uint32_t n_workers, bool outside, struct nat_rss *rss, char *why,
+	       size_t why_bytes);
 
 /* Control thread: reads the link; true when it changed. A port whose device is gone is down. */
 bool port_poll_link(struct port *port);

@@ -33,6 +33,7 @@
 #include <rte_interrupts.h>
 #include <rte_prefetch.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
@@ -76,8 +77,44 @@ static void out_flush(struct worker *w, uint32_t index)
 	out->n = 0;
 }
 
+/* ---- to other workers ---- */
+
+static void hand_over_flush(struct worker *w, uint32_t index)
+{
+	struct worker *owner = &w->peers[index];
+	struct handed *handed = &w->handed[index];
+	void *m[NAT_BURST_MAX];
+	uint32_t sent;
+
+	for (uint32_t i = 0; i < handed->n; i++)
+		m[i] = handed->pkt[i].cookie;
+	sent = rte_ring_mp_enqueue_burst(owner->inbox, m, handed->n, NULL);
+	for (uint32_t i = sent; i < handed->n; i++) {
+		nat_engine_undo(w->thread.engine, &handed->pkt[i], NAT_REASON_HANDOVER_FULL);
+		rte_pktmbuf_free(m[i]);
+	}
+	handed->n = 0;
+	w->thread.handed_over += sent;
+	if (owner != w)
+		thread_wake(&owner->thread);
+}
+
+static void hand_over(struct worker *w, const struct nat_pkt *pkt, struct rte_mbuf *m)
+{
+	struct handed *handed = &w->handed[pkt->owner];
+
+	*note_of(m) = (struct note){.iface = pkt->iface, .flags = pkt->flags, .errand = pkt->errand};
+	handed->pkt[handed->n] = *pkt;
+	handed->pkt[handed->n].cookie = m;
+	if (++handed->n == NAT_BURST_MAX)
+		hand_over_flush(w, pkt->owner);
+}
+
 static void flush_all(struct worker *w)
 {
+	for (uint32_t i = 0; w->n_workers > 1 && i < w->n_workers; i++)
+		if (w->handed[i].n)
+			hand_over_flush(w, i);
 	for (uint32_t i = 0; i < w->ports->n; i++)
 		if (w->out[i].n)
 			out_flush(w, i);
@@ -265,20 +302,23 @@ static struct rte_mbuf *frame_for(struct worker *w, const struct nat_pkt *pkt)
 	return m;
 }
 
+/* In a slot of the queue. What another worker has handed over is a frame. */
 static bool is_from_queue(const struct worker *w, const struct nat_pkt *pkt)
 {
-	return !pkt->made && w->ports->of_iface[pkt->iface] == PORT_NONE;
+	return !pkt->made && w->ports->of_iface[pkt->iface] == PORT_NONE &&
+	       !(pkt->flags & NAT_PKT_TAKEN_OVER);
 }
 
 /* To an interface that the kernel owns. One that the configuration does not name may get errors that the
  * engine made, but nothing translated: a pool belongs outside. */
 static void to_kernel(struct worker *w, const struct nat_pkt *pkt)
 {
-	bool may = w->queue && (pkt->made || pkt->hop.iface < NAT_INTERFACES_MAX);
+	struct queue *queue = w->peers[0].queue;
+	bool may = queue && (pkt->made || pkt->hop.iface < NAT_INTERFACES_MAX);
 
 	if (!may)
 		nat_engine_undo(w->thread.engine, pkt, NAT_REASON_NO_ROUTE);
-	else if (!queue_inject(w->queue, pkt))
+	else if (!queue_inject(queue, pkt))
 		nat_engine_undo(w->thread.engine, pkt, NAT_REASON_TX_FULL);
 	if (!pkt->made)
 		rte_pktmbuf_free(pkt->cookie);
@@ -324,23 +364,26 @@ void worker_send(void *worker, const struct nat_pkt *pkt, uint64_t now_ns)
 	to_port(worker, pkt, now_ns);
 }
 
-static void hand_over(struct worker *w, const struct nat_pkt *pkt)
+/* The kernel is told to drop it, and the owner gets a copy. */
+static void hand_over_queued(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns)
 {
-	struct worker *owner = &w->peers[pkt->owner];
+	struct rte_mbuf *m = frame_for(w, pkt);
 
-	if (pkt->owner >= w->n_workers || rte_ring_mp_enqueue(owner->inbox, pkt->cookie)) {
-		nat_engine_undo(w->thread.engine, pkt, NAT_REASON_HANDOVER_FULL);
-		rte_pktmbuf_free(pkt->cookie);
-		return;
+	if (m) {
+		hand_over(w, pkt, m);
+		queue_steal(w->queue, pkt);
+	} else {
+		queue_settle(w->queue, pkt, now_ns);
 	}
-	w->thread.handed_over++;
-	thread_wake(&owner->thread);
 }
 
 static void settle(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns)
 {
 	if (is_from_queue(w, pkt)) {
-		queue_settle(w->queue, pkt, now_ns);
+		if (pkt->verdict == NAT_HANDOVER)
+			hand_over_queued(w, pkt, now_ns);
+		else
+			queue_settle(w->queue, pkt, now_ns);
 		return;
 	}
 	switch ((enum nat_verdict)pkt->verdict) {
@@ -348,7 +391,8 @@ static void settle(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns)
 		forward(w, pkt, now_ns);
 		break;
 	case NAT_PASS:
-		if (to_twin(w, pkt->cookie, pkt->reason))
+		/* what came over the queue path was to be passed there already, before it was handed over */
+		if (w->ports->of_iface[pkt->iface] != PORT_NONE && to_twin(w, pkt->cookie, pkt->reason))
 			break;
 		nat_engine_undo(w->thread.engine, pkt, NAT_REASON_TWIN_FULL);
 		/* fall through */
@@ -358,7 +402,7 @@ static void settle(struct worker *w, const struct nat_pkt *pkt, uint64_t now_ns)
 	case NAT_HOLD:
 		break;
 	case NAT_HANDOVER:
-		hand_over(w, pkt);
+		hand_over(w, pkt, pkt->cookie);
 		break;
 	}
 }
@@ -478,8 +522,12 @@ static uint32_t take_over(struct worker *w, uint64_t now_ns)
 	struct nat_pkt pkt[BURST];
 	uint32_t n = rte_ring_sc_dequeue_burst(w->inbox, (void **)m, BURST, NULL);
 
-	for (uint32_t i = 0; i < n; i++)
-		present(&pkt[i], m[i], w->ports->port[m[i]->port].iface, NAT_PKT_TAKEN_OVER);
+	for (uint32_t i = 0; i < n; i++) {
+		const struct note *note = note_of(m[i]);
+
+		present(&pkt[i], m[i], note->iface, note->flags | NAT_PKT_TAKEN_OVER);
+		pkt[i].errand = note->errand;
+	}
 	if (n)
 		translate(w, pkt, n, now_ns);
 	w->thread.taken_over += n;
@@ -637,7 +685,8 @@ int worker_open(struct worker *w, struct worker *peers, uint32_t n_workers, stru
 	w->interrupt_fd = interrupts_open(w);
 	twins->worker[w->thread.index] = &w->thread;
 	snprintf(name, sizeof name, "inbox-%u", w->thread.index);
-	w->inbox = rte_ring_create(name, INBOX_ENTRIES, SOCKET_ID_ANY, RING_F_SC_DEQ);
+	w->handed = calloc(n_workers, sizeof *w->handed);
+	w->inbox = !w->handed ? NULL : rte_ring_create(name, INBOX_ENTRIES, SOCKET_ID_ANY, RING_F_SC_DEQ);
 	if (w->inbox)
 		return 0;
 	snprintf(why, why_bytes, "no memory for the inbox of worker %u: %s", w->thread.index,
@@ -650,4 +699,6 @@ void worker_close(struct worker *w)
 	if (w->interrupt_fd >= 0)
 		close(w->interrupt_fd);
 	w->interrupt_fd = -1;
+	free(w->handed);
+	w->handed = NULL;
 }

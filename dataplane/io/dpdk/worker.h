@@ -18,6 +18,11 @@ struct out { /* frames for one port, sent together at the end of a burst */
 	const struct nat_pkt *pkt[NAT_BURST_MAX]; /* NULL: the kernel's own frame */
 };
 
+struct handed { /* packets for another worker, given over together at the end of a burst */
+	uint32_t n;
+	struct nat_pkt pkt[NAT_BURST_MAX]; /* the cookie is a frame */
+};
+
 struct wait { /* packets for a next hop whose MAC address is not known yet */
 	uint64_t until_ns, ask_ns;
 	uint32_t next_hop_be;
@@ -39,6 +44,7 @@ struct worker {
 	uint64_t run_ns, waits_ns; /* when the engine last ran, and when waits were last looked at */
 	int interrupt_fd;          /* epoll of all receive interrupts; -1: no port has them */
 	struct out out[NAT_INTERFACES_MAX];
+	struct handed *handed; /* by worker */
 	struct wait wait[WORKER_WAITS];
 };
 

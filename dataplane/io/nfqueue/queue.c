@@ -297,6 +297,11 @@ static void forward(struct queue *q, struct queue_slot *slot, const struct nat_p
 	answer(q, slot, NF_ACCEPT, SEQ_FORWARD, pkt);
 }
 
+void queue_steal(struct queue *q, const struct nat_pkt *pkt)
+{
+	answer(q, pkt->cookie, NF_DROP, SEQ_DROP, NULL);
+}
+
 void queue_settle(struct queue *q, const struct nat_pkt *pkt, uint64_t now_ns)
 {
 	struct queue_slot *slot = pkt->cookie;
@@ -310,7 +315,7 @@ void queue_settle(struct queue *q, const struct nat_pkt *pkt, uint64_t now_ns)
 		break;
 	case NAT_HOLD:
 		break;
-	case NAT_HANDOVER: /* one worker serves all queues */
+	case NAT_HANDOVER: /* worker.c could not copy it */
 		nat_engine_undo(q->params.thread->engine, pkt, NAT_REASON_HANDOVER_FULL);
 		/* fall through */
 	case NAT_DROP:

@@ -66,6 +66,9 @@ uint32_t queue_receive(struct queue *q, struct nat_pkt pkt[QUEUE_BURST], uint64_
 void queue_settle(struct queue *q, const struct nat_pkt *pkt, uint64_t now_ns);
 void queue_flush(struct queue *q);
 
+/* The packet goes on as a copy: the kernel forgets it, and it is counted elsewhere. */
+void queue_steal(struct queue *q, const struct nat_pkt *pkt);
+
 /* Gives a packet that the kernel never had, or that the engine made, to the kernel's routing. false: it did
  * not take it. */
 bool queue_inject(struct queue *q, const struct nat_pkt *pkt);
