@@ -12,7 +12,9 @@ the long run.
 from __future__ import annotations
 
 import itertools
+import os
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -30,7 +32,7 @@ from tests.traffic import CLIENT, SERVER
 
 pytestmark = pytest.mark.net
 
-PORT = 7010
+FIRST_PORT = 7010
 KEY = "8f3c" * 16
 SYNC = "192.0.2."
 
@@ -53,6 +55,13 @@ class Peer(Member):
         if not answer["in_sync"] or "compared_all_ms" not in answer:
             return False
         return bool(answer["compared_all_ms"] / 1000 < time.monotonic() - moment_s)
+
+
+def vrrp_pids(peer: Peer) -> list[int]:
+    """keepalived and its children."""
+    parent = peer.keepalived.process.pid
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [parent, *map(int, children)]
 
 
 @dataclass
@@ -139,6 +148,7 @@ class Connections:
     pair: Pair
     idle: int
     talking: int
+    port: int = FIRST_PORT
     sockets: list[socket.socket] = field(default_factory=list)
     echoed_s: list[float] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -146,7 +156,7 @@ class Connections:
 
     def echo(self) -> None:
         with (
-            closing(socket.create_server((SERVER, PORT), backlog=4096)) as listener,
+            closing(socket.create_server((SERVER, self.port), backlog=4096)) as listener,
             selectors.DefaultSelector() as some,
         ):
             listener.setblocking(False)
@@ -178,11 +188,11 @@ class Connections:
 
         def connect() -> None:
             for _ in range(self.idle + self.talking):
-                one = socket.create_connection((SERVER, PORT), timeout=20)
+                one = socket.create_connection((SERVER, self.port), timeout=20)
                 one.settimeout(60)
                 self.sockets.append(one)
 
-        wait_until("the server to listen", lambda: f":{PORT}" in self.pair.server.run("ss", "-ltn"))
+        wait_until("the server to listen", lambda: f":{self.port}" in self.pair.server.run("ss", "-ltn"))
         self.pair.client.inside(connect)
         for one in self.sockets:
             self.ask(one)
@@ -300,4 +310,66 @@ def test_every_connection_survives_whatever_happens_to_a_gateway(
     a.return_()
     wait_until("a to be master", lambda: a.is_master() and not b.has(OUTSIDE), deadline_s=40)
     pair.equal()
+    pair.close()
+
+
+@pytest.mark.parametrize("pair", [0.1], indirect=True, ids=["100ms"])
+def test_the_link_for_sessions_may_lose_break_or_freeze(
+    pair: Pair, connections: Connections, record_property: Callable[[str, object], None]
+) -> None:
+    a, b = pair.a, pair.b
+    moment_s = time.monotonic()
+    # as on a bad link, in both directions; connections opened meanwhile are told as well
+    lose = "INPUT -i sync0 -m statistic --mode random --probability 0.3 -j DROP".split()
+    for peer in (a, b):
+        peer.gateway.space.run("iptables", "-A", *lose)
+    more = Connections(pair, 50, 0)
+    more.port += 1
+    more.open()
+    wait_until("all to be told over a bad link", lambda: a.in_sync() and b.in_sync(), deadline_s=60)
+    assert a.gateway.show("sync")["told_again"] > 0, "nothing was lost"
+    for peer in (a, b):
+        peer.gateway.space.run("iptables", "-D", *lose)
+    # pulled for a while: said, nothing is lost by it, and told when it is back
+    pair.wires.ip("link set synca down")
+    wait_until("the silence to be seen", lambda: not a.gateway.show("sync")["connected"])
+    assert not a.in_sync()
+    late = Connections(pair, 50, 0)
+    late.port += 2
+    late.open()
+    pair.wires.ip("link set synca up")
+    wait_until("both to be in sync again", lambda: a.in_sync() and b.in_sync(), deadline_s=60)
+    pair.equal()
+    # the whole gateway stands still, and goes on later as if nothing had been
+    frozen = (a.gateway.daemon.process.pid, *vrrp_pids(a))
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    moment_s = time.monotonic()
+    wait_until("b to be master", b.is_master, deadline_s=20)
+    dark_s = connections.dark_s(moment_s)
+    for these in (connections, more, late):
+        these.all_live()
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+    wait_until("a to be master alone", lambda: a.is_master() and not b.has(OUTSIDE), deadline_s=40)
+    for these in (connections, more, late):
+        these.all_live()
+    record_property("frozen", round(dark_s, 3))
+    print(f"master frozen: 0 of {connections.idle + connections.talking + 100} lost, dark for {dark_s:.3f} s")
+    pair.equal()
+    # both die at once, and come back on their tables
+    for peer in (a, b):
+        peer.gateway.daemon.process.kill()
+        peer.gateway.daemon.wait(timeout_s=10)
+    moment_s = time.monotonic()
+    for peer in (a, b):
+        peer.start_engine()
+    dark_s = connections.dark_s(moment_s)
+    for these in (connections, more, late):
+        these.all_live()
+    record_property("both killed", round(dark_s, 3))
+    print(f"both engines killed: 0 lost, dark for {dark_s:.3f} s")
+    pair.equal()
+    for these in (connections, more, late):
+        these.close()
     pair.close()
