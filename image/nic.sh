@@ -44,7 +44,7 @@ write() { # value file
 
 # ---- what there is -----------------------------------------------------------------------------------------------
 
-facts() { # lines of `dsnatd --facts`: interface NAME ROLE PATH DEVICE
+facts() { # lines of `dsnatd --facts`: interface NAME ROLE PATH DEVICE, member NAME DEVICE
 	[ -e "$config" ] || return 0
 	dsnatd --facts "$config"
 }
@@ -212,15 +212,15 @@ spread() { # kernel interface: queue n's interrupt to the n-th core, again from 
 
 start() {
 	known=$(facts) || { say "$config is not valid; the NICs stay as they are"; exit 2; }
-	dpdk=$(printf '%s\n' "$known" | awk '$1 == "interface" && $4 == "dpdk" { print $2, $5 }')
+	dpdk=$(printf '%s\n' "$known" | awk '$1 == "interface" && $4 == "dpdk" { print $2, $5 } $1 == "member" { print "-", $3 }')
 	[ "$verb" = plan ] || mkdir -p "$state"
 	give_back "$dpdk"
 	if [ -n "$dpdk" ]; then
 		hugepages
 		while read -r name device; do
 			case $device in
-			[0-9a-f]*:[0-9a-f]*:[0-9a-f]*.[0-7]) take "$device" && twin "$name" "$device" ;;
-			*) twin "$name" "" ;;
+			[0-9a-f]*:[0-9a-f]*:[0-9a-f]*.[0-7]) take "$device" && { [ "$name" = - ] || twin "$name" "$device"; } ;;
+			*) [ "$name" = - ] || twin "$name" "" ;;
 			esac
 		done <<-X
 			$dpdk

@@ -475,6 +475,7 @@ class Interface(Model):
     path: Literal["dpdk", "nfqueue"]
     device: Device | None = None
     addresses: tuple[Address, ...] = ()
+    members: Annotated[tuple[Device, ...], Field(min_length=2, max_length=4)] | None = None
     vlan: Annotated[int, Field(ge=1, le=4094)] | None = None
     mtu: Annotated[int, Field(ge=576, le=65535)] | None = None
     icmp_errors: Literal["on", "off"] | None = None

@@ -298,7 +298,8 @@ def _hardware(fleet: Fleet, gateway: Gateway, service: Service) -> str:
     made_once = {
         "engine": engine.model_dump(mode="json"),
         "interfaces": [
-            [name, i.role, i.path, i.device, i.vlan, i.mtu] for name, i in gateway.interfaces.items()
+            [name, i.role, i.path, i.device, i.members, i.vlan, i.mtu]
+            for name, i in gateway.interfaces.items()
         ],
     }
     return hashlib.sha256(json.dumps(made_once, sort_keys=True).encode()).hexdigest()

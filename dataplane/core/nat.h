@@ -28,6 +28,7 @@
 #define NAT_BURST_MAX       64u /* packets in one nat_engine_run() */
 #define NAT_INTERFACES_MAX  64u
 #define NAT_WORKERS_MAX     64u
+#define NAT_MEMBERS_MAX     4u   /* devices that are one by bonding */
 #define NAT_NAME_MAX        32u  /* interface, pool; with the closing zero */
 #define NAT_RSS_CLASSES_MAX 512u /* entries of a port's redirection table */
 #define NAT_RSS_KEY_BYTES   52u  /* the longest key of any port */
@@ -48,8 +49,10 @@ enum nat_refusal { NAT_REFUSAL_SILENT, NAT_REFUSAL_ICMP_ADMIN, NAT_REFUSAL_ICMP_
 
 struct nat_interface_config {
 	char name[NAT_NAME_MAX];
-	char device[128]; /* PCI address or vdev ("net_tap0,iface=..."); empty: none */
-	uint16_t vlan;    /* 802.1Q tag of its frames on the device; 0: none */
+	char device[128];                  /* PCI address or vdev ("net_tap0,iface=..."); empty: none */
+	char member[NAT_MEMBERS_MAX][128]; /* devices of a net_bonding device */
+	uint32_t n_members;
+	uint16_t vlan; /* 802.1Q tag of its frames on the device; 0: none */
 	enum nat_role role;
 	enum nat_path path;
 	uint16_t mtu_bytes; /* 0: the device's own */

@@ -379,13 +379,14 @@ bool config_can_follow(const struct config *running, const struct config *next, 
 		const struct nat_interface_config *x = &a->interfaces[i], *y = &b->interfaces[i];
 
 		if (strcmp(x->name, y->name) != 0 || strcmp(x->device, y->device) != 0 ||
-		    x->role != y->role || x->path != y->path || x->vlan != y->vlan ||
+		    x->role != y->role || x->path != y->path ||
+		    memcmp(x->member, y->member, sizeof(x->member)) || x->vlan != y->vlan ||
 		    x->mtu_bytes != y->mtu_bytes) {
-			snprintf(
-				why, why_bytes,
-				"interface \"%s\" changed its name, role, path, device, vlan or mtu; restart "
-				"dsnatd for that",
-				x->name);
+			snprintf(why, why_bytes,
+				 "interface \"%s\" changed its name, role, path, device, members, vlan or "
+				 "mtu; restart "
+				 "dsnatd for that",
+				 x->name);
 			return false;
 		}
 	}

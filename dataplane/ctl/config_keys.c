@@ -160,17 +160,34 @@ static void read_device(struct config *config, const struct node *node, char *ou
 			     config_shown(config, text));
 }
 
+/* A device that drives others, by DPDK's bonding driver. */
+static void read_members(struct config *config, const struct node *interface, const struct node *list,
+			 struct nat_interface_config *out)
+{
+	const bool bonds = !strncmp(out->device, "net_bonding", strlen("net_bonding"));
+
+	if (list && !bonds)
+		config_error(config, list,
+			     "only a device such as \"net_bonding0,mode=1\" has members; remove them");
+	else if (bonds && !list)
+		config_error(config, interface, "the device bonds others; name them in \"members\"");
+	if (!list || !bonds || !config_as_list(config, list, "\"members\""))
+		return;
+	if (list->n < 2 || list->n > NAT_MEMBERS_MAX)
+		config_error(config, list, "%u members; a bond has 2 to %u", list->n, NAT_MEMBERS_MAX);
+	for (const struct node *one = list->first; one && out->n_members < NAT_MEMBERS_MAX; one = one->next)
+		read_device(config, one, out->member[out->n_members++], sizeof(out->member[0]));
+}
+
 static bool read_interface(struct config *config, const struct node *node, struct nat_interface_config *out,
 			   unsigned flags)
 {
-	enum { NAME, ROLE, PATH, DEVICE, VLAN, MTU, ICMP_ERRORS };
-	static const struct key keys[] = {[NAME] = {"name", true},
-					  [ROLE] = {"role", true},
-					  [PATH] = {"path", false},
-					  [DEVICE] = {"device", false},
-					  [VLAN] = {"vlan", false},
-					  [MTU] = {"mtu", false},
-					  [ICMP_ERRORS] = {"icmp_errors", false}};
+	enum { NAME, ROLE, PATH, DEVICE, MEMBERS, VLAN, MTU, ICMP_ERRORS };
+	static const struct key keys[] = {
+		[NAME] = {"name", true},        [ROLE] = {"role", true},
+		[PATH] = {"path", false},       [DEVICE] = {"device", false},
+		[MEMBERS] = {"members", false}, [VLAN] = {"vlan", false},
+		[MTU] = {"mtu", false},         [ICMP_ERRORS] = {"icmp_errors", false}};
 	static const char *const taken[] = {"all", "default", "lo", "dsnat0"};
 	const struct node *value[COUNT(keys)];
 	bool has_path = true;
@@ -214,6 +231,7 @@ static bool read_interface(struct config *config, const struct node *node, struc
 		config_error(config, node,
 			     "the interface has path dpdk and no \"device\"; add its PCI address, or a DPDK "
 			     "device such as net_tap0");
+	read_members(config, node, value[MEMBERS], out);
 	return true;
 }
 

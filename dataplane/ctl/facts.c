@@ -48,6 +48,8 @@ void facts_print(const struct config *config, FILE *to)
 
 		fprintf(to, "interface %s %s %s %s\n", interface->name, config_role_word(interface->role),
 			config_path_word(interface->path), interface->device[0] ? interface->device : "-");
+		for (uint32_t m = 0; m < interface->n_members; m++)
+			fprintf(to, "member %s %s\n", interface->name, interface->member[m]);
 	}
 	for (uint32_t i = 0; i < nat->n_pools; i++) {
 		for (uint32_t j = 0; j < nat->pools[i].n_ranges; j++) {

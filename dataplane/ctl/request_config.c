@@ -76,6 +76,13 @@ static json_t *interface_json(const struct nat_interface_config *i)
 
 	if (i->device[0])
 		json_object_set_new(one, "device", json_string(i->device));
+	if (i->n_members) {
+		json_t *members = json_array();
+
+		for (uint32_t m = 0; m < i->n_members; m++)
+			json_array_append_new(members, json_string(i->member[m]));
+		json_object_set_new(one, "members", members);
+	}
 	if (i->vlan)
 		json_object_set_new(one, "vlan", request_number(i->vlan));
 	if (i->mtu_bytes)

@@ -126,6 +126,27 @@ def test_inside_and_outside_are_vlans_of_one_device(lab: Lab, program: Callable[
     gateway.close()
 
 
+BONDED = """\
+interfaces:
+  - {name: inside0, role: inside, device: "net_af_packet0,iface=vin"}
+  - {name: outside0, role: outside, device: "net_bonding0,mode=1",
+     members: ["net_tap0,iface=left", "net_tap1,iface=right"]}
+"""
+
+
+def test_two_devices_are_one_port_by_bonding(lab: Lab, program: Callable[[str], Path]) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), config(interfaces=BONDED), start=False)
+    gateway.start()
+    lab.bridge(gateway.space, "switch", "vout", "left", "right")
+    gateway.address()
+    for number, tap in enumerate(("left", "right")):
+        # the driver has given its address to the tap; as its own, the bridge would keep the frames
+        gateway.space.ip(f"link set {tap} address 02:00:00:00:00:0{number}")
+    wait_until("service", lambda: " 3 received" in ping(gateway.client, SERVER))
+    assert mac_of(gateway.space, "outside0") not in (mac_of(gateway.space, tap) for tap in ("left", "right"))
+    gateway.close()
+
+
 class Store:
     """systemd's side of sd_notify: takes messages, and keeps the descriptors that come with them."""
 

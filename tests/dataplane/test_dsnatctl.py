@@ -359,7 +359,8 @@ EVERY_KEY = """\
 engine: {workers: 1, max_sessions: 10000}
 interfaces:
   - {name: inside0, role: inside}
-  - {name: outside0, role: outside, vlan: 100, mtu: 1400, icmp_errors: off, device: '0000:00:04.0'}
+  - {name: outside0, role: outside, vlan: 100, mtu: 1400, icmp_errors: off, device: 'net_bonding0,mode=1',
+     members: ['0000:00:04.0', '0000:00:05.0']}
 pools:
   - {name: a, addresses: [203.0.113.1, {range: 203.0.113.2-203.0.113.3, weight: 3}], drain: 203.0.113.1}
   - {name: b, addresses: 203.0.113.8/29, select: paired, block_ports: 64, blocks_per_host: 2, announce: none}

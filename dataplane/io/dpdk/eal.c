@@ -15,6 +15,7 @@
 #include <rte_errno.h>
 #include <rte_lcore.h>
 #include <rte_log.h>
+#include <rte_version.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -22,11 +23,11 @@
 #include <string.h>
 #include <unistd.h>
 
-#define ARGUMENTS_MAX (32 + 2 * NAT_INTERFACES_MAX)
+#define ARGUMENTS_MAX (32 + (1 + NAT_MEMBERS_MAX) * NAT_INTERFACES_MAX)
 
 struct arguments {
 	char *text[ARGUMENTS_MAX];
-	char kept[ARGUMENTS_MAX][256]; /* what to free: rte_eal_init() may reorder text[] */
+	char kept[ARGUMENTS_MAX][1024]; /* what to free: rte_eal_init() may reorder text[] */
 	int n;
 };
 
@@ -166,20 +167,55 @@ static void lcores(struct arguments *a, uint32_t n_workers)
 }
 
 /* The defaults of net_af_packet suit a demonstration: 512 frames, which a sleeping worker loses at once. */
-static void vdev(struct arguments *a, const struct nat_interface_config *c, uint32_t n_workers)
+static void vdev(struct arguments *a, const char *device, uint16_t mtu_bytes, uint32_t n_workers)
 {
 	char more[96] = "";
 	size_t used = 0;
 
-	if (!strncmp(c->device, "net_af_packet", strlen("net_af_packet"))) {
-		if (!strstr(c->device, "frame") && !strstr(c->device, "blocksz"))
+	if (!strncmp(device, "net_af_packet", strlen("net_af_packet"))) {
+		if (!strstr(device, "frame") && !strstr(device, "blocksz"))
 			used = (size_t)snprintf(more, sizeof more, ",blocksz=65536,framesz=%u,framecnt=%u",
-						c->mtu_bytes > 1900 ? 16384 : 2048,
-						c->mtu_bytes > 1900 ? 1024 : 4096);
-		if (!strstr(c->device, "qpairs"))
+						mtu_bytes > 1900 ? 16384 : 2048,
+						mtu_bytes > 1900 ? 1024 : 4096);
+		if (!strstr(device, "qpairs"))
 			snprintf(more + used, sizeof more - used, ",qpairs=%u", n_workers);
 	}
-	argument(a, "--vdev=%s%s", c->device, more);
+	argument(a, "--vdev=%s%s", device, more);
+}
+
+/* True: a PCI device. */
+static bool add_device(struct arguments *a, const char *device, const struct nat_interface_config *c,
+		       uint32_t n_workers)
+{
+	if (eal_is_pci(device)) {
+		argument(a, "--allow=%s", device);
+		return true;
+	}
+	vdev(a, device, c->mtu_bytes, n_workers);
+	return false;
+}
+
+/* DPDK 23.11 changed the word. */
+#if RTE_VERSION >= RTE_VERSION_NUM(23, 11, 0, 0)
+#define MEMBER "member"
+#else
+#define MEMBER "slave"
+#endif
+
+/* Members come first, the driver looks for them. True: one is a PCI device. */
+static bool add_bond(struct arguments *a, const struct nat_interface_config *c, uint32_t n_workers)
+{
+	char members[NAT_MEMBERS_MAX * 140] = "", name[128];
+	size_t used = 0;
+	bool pci = false;
+
+	for (uint32_t m = 0; m < c->n_members; m++) {
+		pci |= add_device(a, c->member[m], c, n_workers);
+		eal_device_name(c->member[m], name, sizeof name);
+		used += (size_t)snprintf(members + used, sizeof members - used, "," MEMBER "=%s", name);
+	}
+	argument(a, "--vdev=%s%s", c->device, members);
+	return pci;
 }
 
 /* VLANs of one device */
@@ -210,11 +246,8 @@ int eal_start(const struct nat_config *config, const struct eal_options *options
 
 		if (c->path != NAT_PATH_DPDK || is_named_before(config, i))
 			continue;
-		n_pci += eal_is_pci(c->device);
-		if (eal_is_pci(c->device))
-			argument(a, "--allow=%s", c->device);
-		else
-			vdev(a, c, options->n_workers);
+		n_pci += c->n_members ? add_bond(a, c, options->n_workers)
+				      : add_device(a, c->device, c, options->n_workers);
 	}
 	if (!n_pci)
 		argument(a, "--no-pci");

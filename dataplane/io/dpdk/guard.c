@@ -112,10 +112,17 @@ int guards_install(const struct nat_config *config, char *why, size_t why_bytes)
 {
 	char name[64];
 
-	for (uint32_t i = 0; i < config->n_interfaces; i++)
-		if (config->interfaces[i].path == NAT_PATH_DPDK &&
-		    guard_needed(config->interfaces[i].device, name, sizeof name) &&
-		    guard_install(name, why, why_bytes))
+	for (uint32_t i = 0; i < config->n_interfaces; i++) {
+		const struct nat_interface_config *c = &config->interfaces[i];
+
+		if (c->path != NAT_PATH_DPDK)
+			continue;
+		if (guard_needed(c->device, name, sizeof name) && guard_install(name, why, why_bytes))
 			return -1;
+		for (uint32_t m = 0; m < c->n_members; m++)
+			if (guard_needed(c->member[m], name, sizeof name) &&
+			    guard_install(name, why, why_bytes))
+				return -1;
+	}
 	return 0;
 }
