@@ -58,6 +58,7 @@
 #include "io/memory.h"
 #include "io/nfqueue/nft.h"
 #include "io/nfqueue/queue.h"
+#include "io/rival.h"
 #include "io/thread.h"
 #include "version.h"
 
@@ -136,6 +137,7 @@ struct daemon {
 	const struct plan *port_control_failed; /* said once per configuration */
 	struct pcp_server *port_control;        /* NULL: off */
 	struct announce announce;
+	struct rival rival[NAT_WORKERS_MAX];
 	uint64_t connected; /* digest of the prefixes that announcements were made for */
 	int epoll_fd, signal_fd, tick_fd, announce_fd;
 	uint64_t started_ns, started_tsc, started_s, watchdog_us;
@@ -600,6 +602,20 @@ static void rules_mend(struct daemon *d)
 	}
 }
 
+static void rivals(struct daemon *d)
+{
+	char why[256];
+
+	for (uint32_t w = 0; w < d->n_workers; w++) {
+		if (!rival_look(&d->rival[w], &d->workers[w].thread, d->plan, thread_clock_ns(), why,
+				sizeof why))
+			continue;
+		if (*why)
+			say(why);
+		announce_again(d);
+	}
+}
+
 static void tick(struct daemon *d)
 {
 	static unsigned n; /* ten a second */
@@ -613,6 +629,7 @@ static void tick(struct daemon *d)
 	if (++n % 10)
 		return;
 	watchdog(d);
+	rivals(d);
 	log_drain(&d->log, d->ops, say_event, NULL);
 	export_tell(d->nat_log, say_event, NULL);
 	route_refresh(d->route);

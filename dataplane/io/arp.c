@@ -49,6 +49,17 @@ uint32_t arp_asked_for(const uint8_t *frame, uint32_t bytes)
 	return sender_be == target_be ? 0 : target_be; /* equal: somebody announces, nobody asks */
 }
 
+bool arp_sender(const uint8_t *frame, uint32_t bytes, uint32_t *address_be, uint64_t *mac)
+{
+	if (bytes < ARP_FRAME_BYTES || frame[TYPE] != 0x08 || frame[TYPE + 1] != 0x06 ||
+	    memcmp(frame + ARP, ethernet_ipv4, sizeof ethernet_ipv4))
+		return false;
+	memcpy(address_be, frame + SENDER, 4);
+	*mac = 0;
+	memcpy(mac, frame + SENDER_MAC, 6);
+	return true;
+}
+
 void arp_answer(uint8_t *frame, const uint8_t mac[6])
 {
 	uint8_t asker[10], target[4]; /* MAC and address */

@@ -16,6 +16,9 @@ bool arp_is_ours(const struct plan *plan, const struct route *route, uint8_t ifa
  * target. 0 when the frame is anything else. */
 uint32_t arp_asked_for(const uint8_t *frame, uint32_t bytes);
 
+/* Who speaks for which address in an ARP frame of any kind; `mac` are the six bytes first. False: it is none. */
+bool arp_sender(const uint8_t *frame, uint32_t bytes, uint32_t *address_be, uint64_t *mac);
+
 /* Turns the request in `frame` into its answer. */
 void arp_answer(uint8_t *frame, const uint8_t mac[6]);
 

@@ -50,6 +50,9 @@ struct thread {
 	/* packets that were passed to the kernel and then lost by another thread: the worker counts them back
 	 */
 	_Atomic uint32_t lost[NAT_REASON_COUNT];
+	/* who spoke for a pool address of ours (rival.c); 0: nobody */
+	_Atomic uint64_t rival_mac;
+	_Atomic uint32_t rival_address_be;
 };
 
 /* -errno on failure. `generation` and `plan` are the daemon's. */

@@ -122,8 +122,10 @@ def new_peer(
 def pair(lab: Lab, program: Callable[[str], Path], request: pytest.FixtureRequest) -> Pair:
     advert_s = getattr(request, "param", 0.1)
     client, server, wires = (lab.netns(side) for side in ("client", "server", "wires"))
+    option = request.config.getoption
+    many = int(option("--connections")) + int(option("--talking")) > 2000
     peers = [
-        new_peer(lab, program("dsnatd"), wires, name, number, advert_s, 65536)
+        new_peer(lab, program("dsnatd"), wires, name, number, advert_s, 65536 if many else 8192)
         for name, number in (("a", 2), ("b", 3))
     ]
     lab.wire(client, "eth0", wires, "inhost")
@@ -320,7 +322,19 @@ def test_the_link_for_sessions_may_lose_break_or_freeze(
     a, b = pair.a, pair.b
     moment_s = time.monotonic()
     # as on a bad link, in both directions; connections opened meanwhile are told as well
-    lose = "INPUT -i sync0 -m statistic --mode random --probability 0.3 -j DROP".split()
+    lose = (
+        "INPUT",
+        "-i",
+        "sync0",
+        "-m",
+        "statistic",
+        "--mode",
+        "random",
+        "--probability",
+        "0.3",
+        "-j",
+        "DROP",
+    )
     for peer in (a, b):
         peer.gateway.space.run("iptables", "-A", *lose)
     more = Connections(pair, 50, 0)

@@ -40,6 +40,7 @@
 #include <unistd.h>
 
 #include "../arp.h"
+#include "../rival.h"
 #include "vlan.h"
 
 #define BURST         32u
@@ -445,6 +446,7 @@ static void arp(struct worker *w, struct port *port, struct rte_mbuf *m)
 	uint8_t *frame = rte_pktmbuf_mtod(m, uint8_t *);
 	uint32_t asked_be = arp_asked_for(frame, rte_pktmbuf_data_len(m));
 
+	rival_note(&w->thread, frame, rte_pktmbuf_data_len(m), port->iface, port->mac.addr_bytes);
 	if (!asked_be || !arp_is_ours(w->thread.plan, w->thread.route, port->iface, asked_be)) {
 		bypass(w, m, NAT_REASON_NOT_IPV4);
 		return;

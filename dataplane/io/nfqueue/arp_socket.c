@@ -5,6 +5,8 @@
  */
 #include "arp_socket.h"
 
+#include "../rival.h"
+
 #include <arpa/inet.h>
 #include <errno.h>
 #include <net/ethernet.h>
@@ -72,7 +74,7 @@ void arp_socket_close(struct arp_socket *s)
 	s->ifindex = 0;
 }
 
-uint32_t arp_socket_serve(struct arp_socket *s, const struct plan *plan, const struct route *route)
+uint32_t arp_socket_serve(struct arp_socket *s, struct thread *t)
 {
 	uint8_t frame[128];
 	uint32_t answered = 0;
@@ -87,8 +89,9 @@ uint32_t arp_socket_serve(struct arp_socket *s, const struct plan *plan, const s
 			break;
 		if (from.sll_pkttype == PACKET_OUTGOING)
 			continue; /* our own answer, or the kernel's own question */
+		rival_note(t, frame, (uint32_t)n, s->iface, s->mac);
 		asked_be = arp_asked_for(frame, (uint32_t)n);
-		if (!asked_be || !arp_is_ours(plan, route, s->iface, asked_be))
+		if (!asked_be || !arp_is_ours(t->plan, t->route, s->iface, asked_be))
 			continue;
 		arp_answer(frame, s->mac);
 		(void)!send(s->fd, frame, ARP_FRAME_BYTES, 0);

@@ -18,7 +18,7 @@ bool arp_socket_follow(struct arp_socket *s);
 void arp_socket_close(struct arp_socket *s);
 
 /* Answers up to a few dozen requests for addresses that are ours; the number answered. */
-uint32_t arp_socket_serve(struct arp_socket *s, const struct plan *plan, const struct route *route);
+uint32_t arp_socket_serve(struct arp_socket *s, struct thread *t);
 
 /* Control thread: sends a gratuitous request from the interface's MAC address. False only when there was no
  * room. */

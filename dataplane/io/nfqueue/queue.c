@@ -443,9 +443,7 @@ static void refill(struct queue *q)
 static void serve_arp(struct queue *q)
 {
 	for (uint32_t i = 0; i < q->n_arp; i++)
-		for (uint32_t n =
-			     arp_socket_serve(&q->arp[i], q->params.thread->plan, q->params.thread->route);
-		     n > 0; n--)
+		for (uint32_t n = arp_socket_serve(&q->arp[i], q->params.thread); n > 0; n--)
 			nat_engine_bypass(q->params.thread->engine, NAT_PASS, NAT_REASON_ARP_ANSWERED);
 }
 
