@@ -42,7 +42,16 @@ def cli(context: click.Context, file: Path, debug: bool) -> None:
 for verb in (
     *(describe.validate, describe.render, push.plan, push.push, push.resume),
     *(maintain.confirm, maintain.rollback, maintain.drain, maintain.update),
-    *(look.exec_, look.status, look.drift, look.history, keys.keys, describe.import_, describe.schema),
+    *(
+        look.exec_,
+        look.status,
+        look.drift,
+        look.history,
+        keys.keys,
+        describe.slices,
+        describe.import_,
+        describe.schema,
+    ),
 ):
     cli.add_command(verb)
 

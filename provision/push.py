@@ -105,7 +105,8 @@ def gather(names: Iterable[str], dial: Dial, *, jobs: int) -> dict[str, Running 
     def one(name: str) -> Running | GatewayError:
         try:
             with dial(name) as remote:
-                return Running(name, remote.ask({"do": "facts"}, deadline_s=FACTS_S))
+                facts = remote.ask({"do": "facts"}, deadline_s=FACTS_S)
+                return Running(name, {**facts, "asked_at": time.time()})
         except GatewayError as error:
             return error
 

@@ -81,20 +81,23 @@ def facts(state: State, request: Json) -> Json:
         addresses=addresses(state),
         drained=machine.is_drained(),
         routing=routing_facts(state) if BGP in said else {},
-        engine=engine_facts(state, request.get("shows", ["pools"])),
+        engine=engine_facts(state, request.get("shows", ["pools", "sync"])),
     )
     return found
 
 
 def engine_facts(state: State, shows: Any) -> Json:
-    """Never fails: what the engine does not say is missing, and `error` says why."""
+    """Never fails: `error` says why the engine does not answer; what it cannot show says so itself."""
     found: Json = {}
     try:
         found["status"] = state.machine.engine({"cmd": "status"})
-        for what in shows if isinstance(shows, list) else []:
-            found[str(what)] = state.machine.engine({"cmd": "show", "what": str(what)})
     except (OSError, ValueError) as error:
-        found["error"] = str(error)
+        return {"error": str(error)}
+    for what in shows if isinstance(shows, list) else []:
+        try:
+            found[str(what)] = state.machine.engine({"cmd": "show", "what": str(what)})
+        except (OSError, ValueError) as error:
+            found[str(what)] = {"error": str(error)}
     return found
 
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from provision.plan import Running
     from provision.push import Dial, Order, Result
     from provision.render import Rendered
+
+T = TypeVar("T")
 
 DONE, FAILED, INVALID, SOME_FAILED, PENDING, STOPPED, REVERTED, LOCKED, STALE = range(9)
 INTERRUPTED = 130
@@ -147,6 +149,14 @@ def look_at(
 def report_missing(missing: Mapping[str, Result]) -> None:
     for result in missing.values():
         print(f"not reached: {result.gateway}: {result.text}", file=sys.stderr)
+
+
+def each(names: Sequence[str], one: Callable[[str], T], options: Options) -> list[T]:
+    """`one` for every gateway, --jobs at a time, results in order."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=max(1, min(options.jobs, len(names) or 1))) as pool:
+        return list(pool.map(one, names))
 
 
 def order_of(options: Options, plan_hash: str, window_s: int, *, confirm: bool) -> Order:

@@ -69,6 +69,51 @@ def render(options: Options, gateway: str) -> None:
         print(f"==> {name}\n{shown(file.text)}")
 
 
+@click.command()
+@click.option("--lost", multiple=True, metavar="MEMBER", help="Gone for good: its addresses are free.")
+@shared
+def slices(options: Options, lost: tuple[str, ...]) -> None:
+    """Who owns which addresses in a cluster. A push writes it down; this only when a member is lost."""
+    from provision import show
+    from provision import slices as arithmetic
+    from provision.cluster import keep_slices
+    from provision.load import load, slices_file
+
+    kept = slices_file(options.file)
+    if lost:
+        fleet, _ = load(options.file)
+        known = {member for pools in fleet.slices.values() for owners in pools.values() for member in owners}
+        for member in lost:
+            if member not in known:
+                raise Exit(INVALID, f"--lost {member}: {kept} gives it nothing")
+            if any(fleet.weights_of(name).get(member) for name in fleet.clusters):
+                text = f"{member} is still in {options.file}; take it out, or give it weight: 0"
+                raise Exit(INVALID, text)
+        lines = kept.read_text().splitlines(keepends=True)
+        kept.write_text("".join(line for line in lines if line.strip().partition(":")[0] not in lost))
+    fleet = read(options)
+    if lost:
+        keep_slices(kept, fleet)
+    if options.json:
+        emit(
+            {
+                cluster: {
+                    pool: {m: arithmetic.text(r) for m, r in owned.items()}
+                    for (of, pool), owned in fleet.division.items()
+                    if of == cluster
+                }
+                for cluster in fleet.clusters
+            }
+        )
+        return
+    rows = [
+        (cluster, pool, member, str(arithmetic.size(r)), ", ".join(arithmetic.prefixes(r)))
+        for (cluster, pool), owned in fleet.division.items()
+        for member, r in owned.items()
+    ]
+    show.table(("CLUSTER", "POOL", "MEMBER", "ADDRESSES", "PREFIXES"), rows)
+
+
 @click.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--management", multiple=True, metavar="[GW=]ADDRESS", help="Management address of a gateway.")

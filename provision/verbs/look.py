@@ -13,6 +13,7 @@ from provision.verbs import (
     Exit,
     Options,
     chosen,
+    each,
     emit,
     look_at,
     read,
@@ -30,14 +31,17 @@ if TYPE_CHECKING:
 def status(options: Options) -> None:
     """One screen: who runs what, who is master, how full the pools are."""
     from provision import show
+    from provision.cluster import strangers, twice
     from provision.rollout import vrrp_addresses
 
     fleet = read(options)
     names = chosen(fleet, options)
     _, running, missing = look_at(fleet, names, options)
     found = {name: _summary(running[name], vrrp_addresses(fleet, name)) for name in running}
+    alarms = [*twice(fleet, running), *strangers(fleet, running), *_clocks(running)]
     if options.json:
-        emit({"gateways": found, "unreached": {name: result.text for name, result in missing.items()}})
+        unreached = {name: result.text for name, result in missing.items()}
+        emit({"gateways": found, "alarms": alarms, "unreached": unreached})
     else:
         heads = (
             "GATEWAY",
@@ -48,16 +52,23 @@ def status(options: Options) -> None:
             "ENGINE",
             "SESSIONS",
             "POOLS",
+            "SYNC",
+            "BGP",
             "IMAGE",
             "DRIFT",
         )
+        away = {head.lower(): "-" for head in heads} | {"state": "not reached"}
         rows = [
-            (name, fleet.gateways[name].pair or "-", *(str(found[name][head.lower()]) for head in heads[2:]))
-            if name in found
-            else (name, fleet.gateways[name].pair or "-", "-", "not reached", "-", "-", "-", "-", "-", "-")
+            (
+                name,
+                fleet.gateways[name].pair or fleet.cluster_of(name) or "-",
+                *(str(found.get(name, away)[head.lower()]) for head in heads[2:]),
+            )
             for name in names
         ]
         show.table(heads, rows)
+        for text in alarms:
+            print(f"! {text}")
         report_missing(missing)
     if missing:
         raise Exit(SOME_FAILED)
@@ -67,6 +78,7 @@ def _summary(running: Running, addresses: list[str]) -> dict[str, Any]:
     engine = running.facts.get("engine", {})
     answer = engine.get("status", {})
     pools = engine.get("pools", {}).get("pools", [])
+    met = running.facts.get("routing", {}).get("neighbors", [])
     held = running.holds(addresses)
     role = "-" if not addresses else "master" if held == len(addresses) else "backup" if not held else "split"
     if running.facts.get("drained"):
@@ -82,9 +94,37 @@ def _summary(running: Running, addresses: list[str]) -> dict[str, Any]:
         "engine": "error" if "error" in engine else "up",
         "sessions": answer.get("sessions", "-"),
         "pools": " ".join(f"{p.get('name')}:{p.get('sessions', '-')}" for p in pools) or "-",
+        "sync": _sync(engine.get("sync", {})),
+        "bgp": f"{sum(n['state'] == 'Established' for n in met)}/{len(met)}" if met else "-",
         "image": running.facts.get("image") or "-",
         "drift": ", ".join(running.drift) or "no",
     }
+
+
+def _sync(said: dict[str, Any]) -> str:
+    """Is the standby's table equal, and how far is it behind?"""
+    if not said.get("configured"):
+        return "-"
+    if not said["connected"]:
+        return "no peer"
+    lag = f"{said.get('lag_ms', 0)} ms behind"
+    return f"equal, {lag}" if said.get("in_sync") else f"{said.get('differences', '?')} ranges differ, {lag}"
+
+
+CLOCK_S = 5.0
+
+
+def _clocks(running: dict[str, Running]) -> list[str]:
+    """Gateways whose clock is not ours: their logs and histories cannot be put beside each other."""
+    said: list[str] = []
+    for name, found in running.items():
+        apart = float(found.facts.get("wall", 0.0)) - float(found.facts.get("asked_at", 0.0))
+        if "wall" in found.facts and abs(apart) > CLOCK_S:
+            which = "ahead of" if apart > 0 else "behind"
+            said.append(
+                f"{name}: its clock is {abs(apart):.0f} s {which} this machine's; give its site ntp: servers"
+            )
+    return said
 
 
 @click.command()
@@ -130,16 +170,21 @@ def history(options: Options, last: int) -> None:
 
     fleet = read(options)
     dial = dialer(fleet, options.directory)
-    events: dict[str, list[dict[str, Any]]] = {}
-    missing: dict[str, str] = {}
-    for name in chosen(fleet, options):
+
+    def ask(name: str) -> dict[str, Any] | str:
         try:
             with dial(name) as remote:
-                events[name] = remote.ask({"do": "history", "last": last}, deadline_s=FACTS_S)["events"]
+                return remote.ask({"do": "history", "last": last}, deadline_s=FACTS_S)
         except GatewayError as error:
-            missing[name] = str(error)
+            return str(error)
+
+    names = chosen(fleet, options)
+    told = dict(zip(names, each(names, ask, options), strict=True))
+    events = {name: answer["events"] for name, answer in told.items() if isinstance(answer, dict)}
+    missing = {name: answer for name, answer in told.items() if isinstance(answer, str)}
+    torn = {n: a["broken_at"] for n, a in told.items() if isinstance(a, dict) and a.get("broken_at")}
     if options.json:
-        emit({"gateways": events, "unreached": missing})
+        emit({"gateways": events, "broken_at": torn, "unreached": missing})
     else:
         rows = [
             (
@@ -149,15 +194,18 @@ def history(options: Options, last: int) -> None:
                 str(event.get("tried")),
                 str(event.get("owner")),
                 str(event.get("plan")),
+                str(event.get("receipt", ""))[:16],
                 str(event.get("reason", "")),
             )
             for name, listed in events.items()
             for event in listed
         ]
-        show.table(("WHEN", "GATEWAY", "EVENT", "GENERATION", "WHO", "PLAN", "WHY"), rows)
+        show.table(("WHEN", "GATEWAY", "EVENT", "GENERATION", "WHO", "PLAN", "RECEIPT", "WHY"), rows)
         for name, text in missing.items():
             print(f"not reached: {name}: {text}", file=sys.stderr)
-    if missing:
+        for name, line in torn.items():
+            print(f"! {name}: line {line} of its history was changed, or one before it is missing")
+    if missing or torn:
         raise Exit(SOME_FAILED)
 
 
@@ -166,8 +214,6 @@ def history(options: Options, last: int) -> None:
 @shared
 def exec_(options: Options, words: tuple[str, ...]) -> None:
     """Run one of a few commands that only read, on every gateway: `exec -- dsnatctl show pools`."""
-    from concurrent.futures import ThreadPoolExecutor
-
     from provision.push import FACTS_S, dialer
     from provision.ssh import GatewayError
 
@@ -183,8 +229,7 @@ def exec_(options: Options, words: tuple[str, ...]) -> None:
         return int(answer["status"]), str(answer["output"])
 
     names = chosen(fleet, options)
-    with ThreadPoolExecutor(max_workers=max(1, min(options.jobs, len(names)))) as pool:
-        found = dict(zip(names, pool.map(one, names), strict=True))
+    found = dict(zip(names, each(names, one, options), strict=True))
     if options.json:
         emit({name: {"status": status, "output": text} for name, (status, text) in found.items()})
     else:

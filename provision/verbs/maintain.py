@@ -15,6 +15,7 @@ from provision.verbs import (
     Exit,
     Options,
     chosen,
+    each,
     emit,
     look_at,
     order_of,
@@ -54,7 +55,7 @@ def confirm(options: Options) -> None:
             return Result(name, "unreached", str(error))
         return Result(name, "confirmed", "", pending["generation"])
 
-    finish(options, ([one(name) for name in running], False), missing)
+    finish(options, (each(list(running), one, options), False), missing)
 
 
 @click.command()
@@ -102,7 +103,15 @@ def rollback(options: Options, target: int | None, yes: bool) -> None:
         attempt = Attempt(name, dial, order, witnesses(fleet, found, wanted[name], dial))
         return attempt.roll_back(found, to, digest)
 
-    finish(options, ([one(name) for name in running], False), missing)
+    def pair(members: list[str]) -> list[Result]:
+        """Of a pair one after the other: never both at once."""
+        return [one(name) for name in members]
+
+    groups: dict[str, list[str]] = {}
+    for name in running:
+        groups.setdefault(fleet.gateways[name].pair or f"gateway {name}", []).append(name)
+    rolled = each(list(groups), lambda group: pair(groups[group]), options)
+    finish(options, ([result for results in rolled for result in results], False), missing)
 
 
 def _generation_before(running: Running) -> int:

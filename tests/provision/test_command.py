@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from provision.__main__ import main
+from provision.cluster import keep_slices
 from provision.journal import Journal, JournalError, last_run
-from tests.provision.conftest import LONE, PAIR, changed
+from provision.load import load, slices_file
+from tests.provision.conftest import CLUSTER, LONE, PAIR, changed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -158,7 +160,7 @@ def test_unknown_verbs_and_options_end_with_two() -> None:
 def test_the_examples_in_the_readme_are_valid(tmp_path: Path) -> None:
     text = (ROOT / "provision/README.md").read_text()
     examples = [block.split("```")[0] for block in text.split("```yaml\n")[1:]]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         (tmp_path / "fleet.yaml").write_text(example)
         run("--file", str(tmp_path / "fleet.yaml"), "validate")
@@ -169,3 +171,27 @@ def test_every_verb_is_in_the_readme() -> None:
     verbs = [line.split()[0] for line in help_.partition("Commands:")[2].strip().splitlines()]
     table = (ROOT / "provision/README.md").read_text()
     assert [verb for verb in verbs if f"`{verb}" not in table] == []
+
+
+def test_slices_are_listed_and_a_lost_member_frees_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(CLUSTER)
+    assert re.search(r"north +public +gw2 +16 +203\.0\.113\.16/28", run("--file", str(path), "slices"))
+    fleet, _ = load(path)
+    keep_slices(slices_file(path), fleet)
+    path.write_text(CLUSTER[: CLUSTER.index("  gw4:")])
+    text = run("--file", str(path), "slices", status=2)
+    assert "gw4 had 203.0.113.48-203.0.113.63 and is not in cluster north any more" in text
+    run("--file", str(path), "slices", "--lost", "gw9", status=2)
+    shown = json.loads(run("--file", str(path), "slices", "--lost", "gw4", "--json"))
+    assert shown["north"]["public"]["gw1"][0] == "203.0.113.0-203.0.113.15"
+    assert "gw4" not in slices_file(path).read_text()
+    run("--file", str(path), "validate")
+
+
+def test_a_member_that_is_still_there_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.yaml"
+    path.write_text(CLUSTER)
+    fleet, _ = load(path)
+    keep_slices(slices_file(path), fleet)
+    assert "gw4 is still in" in run("--file", str(path), "slices", "--lost", "gw4", status=2)
