@@ -101,6 +101,9 @@ def _worker(out: Page, one: Json) -> None:
     text = "Packets by what came of them; received + taken_over = the sum of the others + dropped + held."
     for result in ("received", "taken_over", "forwarded", "passed", "handed_over", "made"):
         out.counter("dsnat_packets_total", text, c[result], worker=worker, result=result)
+    for cause, count in c["handed_over_by_cause"].items():
+        text = "Packets handed to another worker, by cause."
+        out.counter("dsnat_handed_over_packets_total", text, count, worker=worker, cause=cause)
     for reason, count in c["reasons"].items():
         text = "Packets that were dropped or passed, by reason; see `dsnatctl show counters`."
         out.counter("dsnat_reason_packets_total", text, count, worker=worker, reason=reason)

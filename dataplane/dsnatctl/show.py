@@ -117,6 +117,11 @@ def counters(answer: Json) -> Iterator[str]:
     rows = [(name, *t.values()) for name, t in c["traffic"].items()]
     head = ("translated", "sessions made", "packets out", "packets in", "bytes out", "bytes in")
     yield from table(head, rows)
+    causes = [(f"  {cause}", count, "") for cause, count in c["handed_over_by_cause"].items() if count]
+    if causes:
+        yield ""
+        yield "handed over because (see the engine's README)"
+        yield from _columns(causes)
     for verdict in ("drop", "pass"):
         rows = [
             (name, count, _sentence(meanings[name]))

@@ -64,12 +64,12 @@ def echo(gateway: Gateway, stop: threading.Event) -> threading.Thread:
     return thread
 
 
-def flows(gateway: Gateway, kind: int) -> list[socket.socket]:
+def flows(gateway: Gateway, kind: int, count: int = FLOWS) -> list[socket.socket]:
     """So many sockets at once, each of which has had its own words back."""
 
     def job() -> list[socket.socket]:
         made = []
-        for number in range(FLOWS):
+        for number in range(count):
             one = socket.socket(socket.AF_INET, kind)
             one.settimeout(20)
             one.connect((SERVER, PORT))
@@ -113,6 +113,37 @@ def test_every_flow_reaches_its_worker_and_comes_back(gateway: Gateway) -> None:
         assert set(handovers(gateway)) <= {"no_rss", "icmp", "queue"}
     stop.set()
     server.join(20)
+
+
+def test_all_ports_of_all_workers_are_used_before_a_flow_is_refused(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    ports = 100
+    rest = f"""\
+pools:
+  - {{name: small, addresses: [203.0.113.1], ports: 5000-{5000 + ports - 1}}}
+zones:
+  - {{source: 100.64.0.0/16, pool: small}}
+"""
+    gateway = new_gateway(lab, program("dsnatd"), config(workers=4, rest=rest))
+    stop = threading.Event()
+    server = echo(gateway, stop)
+    assert " 3 received" in ping(gateway.client, SERVER)
+    with ExitStack() as undo:
+        made = [undo.enter_context(one) for one in flows(gateway, socket.SOCK_DGRAM, ports)]
+        assert gateway.drops().get("no_port", 0) == 0
+        for number, one in enumerate(made):  # requests go where their port was borrowed
+            one.send(f"again {number}".encode())
+        for number, one in enumerate(made):
+            assert one.recv(4096) == f"again {number}".encode()
+        assert handovers(gateway)["borrowed"] > 0
+        extra = gateway.client.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        undo.enter_context(extra)
+        extra.sendto(b"one too many", (SERVER, PORT))
+        wait_until("the refusal", lambda: gateway.drops().get("no_port", 0) == 1)
+    stop.set()
+    server.join(20)
+    gateway.close()
 
 
 def test_sessions_live_on_with_another_number_of_workers(lab: Lab, program: Callable[[str], Path]) -> None:
