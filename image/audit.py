@@ -76,7 +76,7 @@ UNWANTED = (
 )
 ENABLED = (
     *("bird", "chrony", "dbus-broker", "dsnat-failclosed", "dsnat-healthy", "dsnat-identity", "dsnat-nic"),
-    *("dsnat-nic-watch", "dsnat-unconfirmed", "dsnatd", "keepalived", "ssh", "systemd-network-generator"),
+    *("dsnat-metrics", "dsnat-nic-watch", "dsnat-unconfirmed", "dsnatd", "keepalived", "ssh", "systemd-network-generator"),
     *("systemd-networkd",),
 )
 OUR_UNITS = (
@@ -84,6 +84,7 @@ OUR_UNITS = (
     "dsnat-failclosed",
     "dsnat-healthy",
     "dsnat-identity",
+    "dsnat-metrics",
     "dsnat-nic",
     "dsnat-nic-watch",
     "dsnat-ready",

@@ -6,8 +6,11 @@ Nothing is kept between scrapes and nothing is walked session by session, so a s
 sessions and with ten million. When the engine cannot be reached the page says `dsnat_up 0`, which is the
 alarm; it is not an HTTP error, because then the reason would be lost.
 
-Series of single addresses are left out for pools of more than ADDRESSES_MAX: a time series per address of a
-/16 helps nobody. The pool's own sums stay.
+Series of single addresses are left out for pools of more than ADDRESSES_MAX, and zones behind the first
+ZONES_MAX: a time series per address of a /16 helps nobody. The pool's own sums stay.
+
+Names follow Prometheus: base units (seconds, bytes), `_total` on what only grows. Dashboard and alert rules
+for them are in dataplane/monitoring/.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from dsnatctl.client import Engine, Json, Refused, Unreachable
 
 ADDRESSES_MAX = 1024
+ZONES_MAX = 1024
 GENERATION = "/etc/dsnat"  # a link to .../generations/N
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -40,6 +44,19 @@ class Page:
     def gauge(self, name: str, text: str, value: float, **labels: object) -> None:
         self.add(name, "gauge", text, value, **labels)
 
+    def histogram(
+        self, name: str, text: str, buckets: list[tuple[str, int]], total: float, **labels: object
+    ) -> None:
+        """`buckets`: upper end and how many lie between it and the one before."""
+        lines = self._lines.setdefault(name, [f"# HELP {name} {text}", f"# TYPE {name} histogram"])
+        marks = "".join(f'{key}="{_escape(str(label))}",' for key, label in labels.items())
+        count = 0
+        for end, n in buckets:
+            count += n
+            lines.append(f'{name}_bucket{{{marks}le="{end}"}} {count}')
+        lines.append(f"{name}_sum{{{marks[:-1]}}} {total}")
+        lines.append(f"{name}_count{{{marks[:-1]}}} {count}")
+
     def text(self) -> str:
         return "".join(f"{line}\n" for lines in self._lines.values() for line in lines)
 
@@ -55,7 +72,7 @@ def generation(link: str = GENERATION) -> int:
 
 
 def page(answers: Mapping[str, Json]) -> str:
-    """`answers`: status, workers, pools, zones, ports."""
+    """`answers`: status, workers, pools, zones, ports, counters."""
     out = Page()
     out.gauge("dsnat_up", "1 when the engine answers.", 1)
     _status(out, answers["status"])
@@ -63,7 +80,8 @@ def page(answers: Mapping[str, Json]) -> str:
         _worker(out, worker)
     for pool in answers["pools"]["pools"]:
         _pool(out, pool)
-    for number, zone in enumerate(answers["zones"]["zones"], 1):
+    _vrrp(out, answers["pools"]["pools"])
+    for number, zone in enumerate(answers["zones"]["zones"][:ZONES_MAX], 1):
         labels = {"zone": number, "source": zone["source"], "destination": zone.get("destination", "any")}
         text = "Sessions that the zone has made."
         out.counter("dsnat_zone_sessions_created_total", text, zone["created"], **labels)
@@ -71,6 +89,7 @@ def page(answers: Mapping[str, Json]) -> str:
         out.counter("dsnat_zone_sessions_refused_total", text, zone["refused"], **labels)
     for port in answers["ports"]["ports"]:
         _port(out, port)
+    _nat_log(out, answers["counters"]["nat_log"])
     return out.text()
 
 
@@ -85,7 +104,7 @@ def _status(out: Page, status: Json) -> None:
     out.gauge("dsnat_build_info", "Always 1; the labels say what runs.", 1, **labels)
     if "uptime_s" in status:
         out.gauge("dsnat_uptime_seconds", "Since the engine started.", status["uptime_s"])
-    out.gauge("dsnat_sessions_max", "Size of the session table.", status["max_sessions"])
+    out.gauge("dsnat_table_records_max", "Size of the session table.", status["max_sessions"])
     text = "1 while every packet is accounted for."
     out.gauge("dsnat_equation_holds", text, int(status["equation"]))
     text = "Number of the configuration in force; -1: not kept in generations."
@@ -110,6 +129,16 @@ def _worker(out: Page, one: Json) -> None:
     out.counter("dsnat_dropped_packets_total", "Packets dropped, all reasons.", c["dropped"], worker=worker)
     out.gauge("dsnat_held_packets", "Packets that wait.", c["held"], worker=worker)
     out.gauge("dsnat_sessions", "Live sessions.", c["sessions"], worker=worker)
+    text = "Records of the session table in use: sessions, mappings and permits."
+    out.gauge("dsnat_table_records", text, c["records"], worker=worker)
+    text = "Events that the journal was not told of, because there were too many."
+    out.counter("dsnat_journal_events_lost_total", text, c["events_lost"], worker=worker)
+    buckets = [
+        ("+Inf" if end_ns is None else f"{end_ns / 1e9:g}", n) for end_ns, n in c["allocation"]["buckets"]
+    ]
+    text = "Time to give a new session its address and port, refusals included."
+    spent_s = c["allocation"]["sum_ns"] / 1e9
+    out.histogram("dsnat_allocation_duration_seconds", text, buckets, spent_s, worker=worker)
     for event in ("expired", "closed"):
         text = "Sessions by how they ended."
         out.counter("dsnat_sessions_ended_total", text, c[f"sessions_{event}"], worker=worker, how=event)
@@ -143,16 +172,53 @@ def _pool(out: Page, pool: Json) -> None:
     out.gauge("dsnat_pool_addresses", "Addresses of the pool.", pool["n_addresses"], pool=name)
     out.gauge("dsnat_pool_addresses_draining", "Of them draining.", pool["n_draining"], pool=name)
     out.gauge("dsnat_pool_sessions", "Live sessions.", pool["sessions"], pool=name)
+    text = "Public ports of the pool, for each protocol."
+    out.gauge("dsnat_pool_ports", text, pool["n_ports"], pool=name, mapping=pool["mapping"])
+    for protocol, count in pool["mappings"].items():
+        text = "Endpoint-independent mappings: each holds one public port."
+        out.gauge("dsnat_pool_mappings", text, count, pool=name, protocol=protocol)
     out.counter("dsnat_pool_sessions_created_total", "Sessions made.", pool["created"], pool=name)
     text = "Times that an address had no free port towards the remote."
     out.counter("dsnat_pool_no_port_total", text, pool["refused"], pool=name)
-    if pool["n_addresses"] > ADDRESSES_MAX:
-        return
     for a in pool["addresses"]:
         labels = {"pool": name, "address": a["address"]}
         out.gauge("dsnat_address_sessions", "Live sessions.", a["sessions"], **labels)
         out.counter("dsnat_address_sessions_created_total", "Sessions made.", a["created"], **labels)
         out.counter("dsnat_address_no_port_total", text, a["refused"], **labels)
+
+
+def _vrrp(out: Page, pools: list[Json]) -> None:
+    """The gateway is master for an address that it holds; the pools that follow the address say so."""
+    for address, active in {p["active_while"]: p["active"] for p in pools if "active_while" in p}.items():
+        text = "1 while this gateway holds the VRRP address that pools follow (active_while)."
+        out.gauge("dsnat_vrrp_master", text, int(active), address=address)
+
+
+def _nat_log(out: Page, log: Json) -> None:
+    for w in log["workers"]:
+        for event, count in w["told"].items():
+            text = "Events of the NAT log that the worker told."
+            out.counter("dsnat_log_events_total", text, count, worker=w["worker"], event=event)
+            text = "Events of the NAT log lost in the worker, because the log thread was too slow."
+            lost = w["lost"][event]
+            out.counter("dsnat_log_events_lost_total", text, lost, worker=w["worker"], event=event)
+    for c in log["collectors"]:
+        labels = {key: c[key] for key in ("collector", "protocol", "transport")}
+        text = "1 while nothing says that the collector is away."
+        out.gauge("dsnat_log_collector_up", text, int(c["up"]), **labels)
+        text = "Records sent to the collector; over TCP those that it has acknowledged."
+        out.counter("dsnat_log_records_sent_total", text, c["records_sent"], **labels)
+        for cause, key in (("queue_full", "records_lost"), ("refused", "records_refused")):
+            text = (
+                "Records that the collector has missed: the queue was full, or its host refused them (UDP)."
+            )
+            out.counter("dsnat_log_records_lost_total", text, c[key], cause=cause, **labels)
+        out.gauge("dsnat_log_queue_records", "Records that wait.", c["records_queued"], **labels)
+        out.gauge("dsnat_log_queue_bytes", "Bytes that wait.", c["bytes_queued"], **labels)
+        text = "Times that the network took less than there was."
+        out.counter("dsnat_log_stalls_total", text, c["stalls"], **labels)
+        text = "Connections made; over UDP how often the collector came back, and the first time."
+        out.counter("dsnat_log_connections_total", text, c["connections"], **labels)
 
 
 def _port(out: Page, port: Json) -> None:
@@ -185,8 +251,9 @@ def _port(out: Page, port: Json) -> None:
 def scrape(path: str) -> str:
     try:
         with Engine(path, timeout_s=5.0) as engine:
-            shows = ("workers", "pools", "zones", "ports")
+            shows = ("workers", "zones", "ports", "counters")
             answers = {what: engine.ask(cmd="show", what=what) for what in shows}
+            answers["pools"] = engine.ask(cmd="show", what="pools", small=ADDRESSES_MAX)
             return page({"status": engine.ask(cmd="status"), **answers})
     except (Unreachable, Refused) as error:
         return down(error)

@@ -159,6 +159,18 @@ def test_the_engine_drives_the_nics_and_translates(gateway: Gateway) -> None:
     assert answer["equation"], "every packet is accounted for"
 
 
+def test_figures_are_served_on_the_management_interface_only(gateway: Gateway) -> None:
+    ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9732/metrics').read().decode())"
+    page = wait_until(
+        "the figures", lambda: gateway(f'python3 -Ic "{ask}" 2>/dev/null', check=False), deadline_s=60
+    )
+    assert "dsnat_up 1\n" in page
+    assert "dsnat_port_up" in page
+    rules = gateway("nft list table inet dsnat_figures")
+    assert 'iifname != { "lo", "mgmt0" } tcp dport 9732' in rules
+    assert gateway("ls /usr/share/doc/dsnat").split() == ["alerts.yml", "dashboard.json"]
+
+
 def test_twins_and_addresses_stay_when_the_engine_is_killed(gateway: Gateway) -> None:
     before = gateway("ip -o link show dev inside0; ip -br -4 address show dev inside0")
     gateway("systemctl kill -s KILL dsnatd")
