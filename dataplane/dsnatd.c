@@ -66,6 +66,7 @@
 #define DEFAULT_SOCKET   "/run/dsnatd/control.sock"
 #define LINK_PATIENCE_NS 3000000000u /* at start a port that has no link yet is not reported down */
 #define SECOND_NS        1000000000u
+#define STALL_S          10u /* a worker without a round for so long hangs */
 
 enum status {
 	STOPPED = 0,
@@ -143,8 +144,9 @@ struct daemon {
 	uint64_t started_ns, started_tsc, started_s, watchdog_us;
 	struct log log;
 	struct export *nat_log;
-	struct sync *sync;                /* NULL: there is no peer */
-	uint64_t rounds[NAT_WORKERS_MAX]; /* at the last tick: a worker that makes none hangs */
+	struct sync *sync;                   /* NULL: there is no peer */
+	uint64_t rounds[NAT_WORKERS_MAX];    /* at the last tick */
+	uint32_t stalled_s[NAT_WORKERS_MAX]; /* since when there were none */
 	bool stop;
 	bool restart; /* the end is not what the operator wanted: status 1, and systemd starts it again */
 };
@@ -524,19 +526,32 @@ static void links(struct daemon *d)
 		announce_again(d);
 }
 
-/* Alive is a daemon whose workers all make rounds; a hanging one is for systemd to kill. */
+/* Alive is a daemon whose workers all make rounds. systemd hears nothing while one hangs, and would end us in the end; without systemd,
+ * and sooner, we do it ourselves. Not by stop(), which waits for the workers. The sessions are in memory that stays. */
 static void watchdog(struct daemon *d)
 {
 	bool alive = true;
 
 	for (uint32_t w = 0; w < d->n_workers; w++) {
-		alive &= d->rounds[w] != d->workers[w].thread.rounds;
-		d->rounds[w] = d->workers[w].thread.rounds;
+		if (d->rounds[w] != d->workers[w].thread.rounds) {
+			d->rounds[w] = d->workers[w].thread.rounds;
+			d->stalled_s[w] = 0;
+			continue;
+		}
+		alive = false;
+		if (++d->stalled_s[w] == 1)
+			fprintf(stderr, "dsnatd: worker %u makes no rounds\n", w);
+		if (d->stalled_s[w] < STALL_S)
+			continue;
+		fprintf(stderr,
+			"dsnatd: worker %u has made no round for %u s: a device or a thread hangs; ending, "
+			"so that a new "
+			"dsnatd goes on with the sessions\n",
+			w, STALL_S);
+		abort();
 	}
 	if (alive && d->watchdog_us)
 		sd_notify(0, "WATCHDOG=1");
-	if (!alive)
-		say("a worker makes no rounds");
 }
 
 static bool watch(struct daemon *d, int fd, enum source source)
@@ -739,6 +754,41 @@ static enum status open_queue(struct daemon *d)
 	return STOPPED;
 }
 
+/* How much all of it is, and what would fit instead. */
+static enum status no_room(struct daemon *d, const char *why, uint64_t engine_bytes)
+{
+	const uint64_t max_sessions = d->plan->config->nat.max_sessions;
+	const uint64_t wanted = nat_table_size(max_sessions) + engine_bytes * d->n_workers;
+	const uint64_t had = d->sessions.base ? d->sessions.bytes : 0, there = memory_available() + had;
+
+	fprintf(stderr,
+		"dsnatd: engine.max_sessions: %llu needs %llu MB in all, %llu MB are free: about %llu would "
+		"fit; "
+		"lower it, or add memory or hugepages\n",
+		(unsigned long long)max_sessions, (unsigned long long)(wanted >> 20),
+		(unsigned long long)(there >> 20),
+		(unsigned long long)((double)max_sessions * 0.9 * (double)there / (double)wanted / 1000) *
+			1000);
+	return fail(NO_MEMORY, why);
+}
+
+static struct nat_engine_params engine_params(struct daemon *d, uint32_t index, uint64_t seed)
+{
+	return (struct nat_engine_params){
+		.table = d->table,
+		.policy = d->plan->policy,
+		.world = {.context = d->route, .route = route_lookup, .own_address = route_own_address},
+		.max_sessions = crew_share(&d->plan->config->nat),
+		.seed = seed + index,
+		.now_ns = thread_clock_ns(),
+		.worker = index,
+		.n_workers = d->n_workers,
+		.replicate = d->plan->config->sync.on,
+		.clock_ns = thread_clock_ns,
+		.workers = d->crew.workers,
+	};
+}
+
 static enum status open_sessions(struct daemon *d, uint64_t seed)
 {
 	uint64_t max_sessions = d->plan->config->nat.max_sessions;
@@ -752,7 +802,7 @@ static enum status open_sessions(struct daemon *d, uint64_t seed)
 	else if (!strcmp(d->options.socket, DEFAULT_SOCKET))
 		memory_session_path(bytes, d->options.no_huge, path, sizeof path);
 	if (memory_sessions(&d->sessions, path, bytes, why, sizeof why))
-		return fail(strstr(why, "in use") ? IN_USE : NO_MEMORY, why);
+		return strstr(why, "cannot be had") ? no_room(d, why, max_sessions * 48) : fail(IN_USE, why);
 	d->table = nat_table_init(d->sessions.base, d->sessions.bytes, max_sessions, seed, &adopted, &reason);
 	if (!d->table) {
 		fprintf(stderr, "dsnatd: the sessions in %s cannot be used: %s; starting with none\n", path,
@@ -771,26 +821,14 @@ static enum status open_sessions(struct daemon *d, uint64_t seed)
 static enum status open_worker(struct daemon *d, uint32_t index, uint64_t seed)
 {
 	struct worker *w = &d->workers[index];
-	struct nat_engine_params params = {
-		.table = d->table,
-		.policy = d->plan->policy,
-		.world = {.context = d->route, .route = route_lookup, .own_address = route_own_address},
-		.max_sessions = crew_share(&d->plan->config->nat),
-		.seed = seed + index,
-		.now_ns = thread_clock_ns(),
-		.worker = index,
-		.n_workers = d->n_workers,
-		.replicate = d->plan->config->sync.on,
-		.clock_ns = thread_clock_ns,
-		.workers = d->crew.workers,
-	};
+	const struct nat_engine_params params = engine_params(d, index, seed);
 	char why[256];
 
 	if (thread_init(&w->thread, index, &d->generation, d->plan, d->route))
 		return fail(FAILED, "no descriptors for a worker");
 	w->thread.core = eal_core_of(index, d->n_workers);
 	if (memory_plain(&d->engine_memory[index], nat_engine_size(&params), d->options.no_huge))
-		return fail(NO_MEMORY, "no memory for an engine; lower engine.max_sessions or add memory");
+		return no_room(d, "no memory for an engine", nat_engine_size(&params));
 	w->thread.engine = nat_engine_init(d->engine_memory[index].base, &params);
 	if (!w->thread.engine)
 		return fail(NO_MEMORY, "an engine cannot be set up; lower engine.max_sessions");

@@ -10,12 +10,13 @@
  * CLIENTS_MAX that would make others wait. A line longer than REQUEST_BYTES_MAX is answered with an error
  * and the connection closed: where the next request begins cannot be known.
  *
- * Who may connect is a matter of file permissions: the socket has mode 0660, owner and group are the
- * daemon's.
+ * Who may connect is a matter of file permissions: the socket has mode 0660, its group is `dsnat` where there is such a group, else
+ * the daemon's own.
  */
 #include "socket.h"
 
 #include <errno.h>
+#include <grp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -27,10 +28,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#define CLIENTS_MAX 64
-#define STALL_S     10
-#define EVENTS      32
-#define LINE_BYTES  4096 /* what a client costs that asks short questions */
+#define SOCKET_GROUP "dsnat" /* or DSNATD_GROUP of the environment */
+#define CLIENTS_MAX  64
+#define STALL_S      10
+#define EVENTS       32
+#define LINE_BYTES   4096 /* what a client costs that asks short questions */
 
 struct client {
 	int fd;       /* -1: free */
@@ -297,6 +299,16 @@ static bool is_live(const struct sockaddr_un *address)
 	return live;
 }
 
+/* Members of the group may do what the daemon's owner may. Without the group, or the right to give it, only he may. */
+static void give_to_group(const char *path)
+{
+	const char *name = getenv("DSNATD_GROUP");
+	const struct group *group = getgrnam(name ? name : SOCKET_GROUP);
+
+	if (group)
+		(void)!chown(path, (uid_t)-1, group->gr_gid);
+}
+
 static int open_listener(const struct sockaddr_un *address)
 {
 	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -310,6 +322,7 @@ static int open_listener(const struct sockaddr_un *address)
 			? -errno
 			: 0;
 	umask(before);
+	give_to_group(address->sun_path);
 	if (!error)
 		return fd;
 	close(fd);

@@ -100,6 +100,29 @@ static int file_open(const char *path)
 	return fd;
 }
 
+uint64_t memory_available(void)
+{
+	FILE *file = fopen("/proc/meminfo", "re");
+	unsigned long long kb = 0;
+	char line[128];
+
+	while (file && fgets(line, sizeof line, file))
+		if (sscanf(line, "MemAvailable: %llu kB", &kb) == 1)
+			break;
+	if (file)
+		fclose(file);
+	return kb ? kb << 10 : UINT64_MAX; /* not known: try */
+}
+
+/* Plain pages are promised freely and missing when they are touched: then the kernel kills somebody, or sends SIGBUS. So ask before. */
+static bool is_there(uint64_t bytes)
+{
+	if (bytes <= memory_available())
+		return true;
+	errno = ENOMEM;
+	return false;
+}
+
 int memory_sessions(struct memory *m, const char *path, size_t bytes, char *why, size_t why_bytes)
 {
 	struct stat st;
@@ -124,6 +147,10 @@ int memory_sessions(struct memory *m, const char *path, size_t bytes, char *why,
 	m->bytes = rounded(bytes, m->huge ? (size_t)fs.f_bsize : 4096);
 	/* another size is another max_sessions: what is in there cannot be used */
 	if ((size_t)st.st_size != m->bytes && (ftruncate(m->fd, 0) || ftruncate(m->fd, (off_t)m->bytes)))
+		goto fail;
+	if (!m->huge && fstat(m->fd, &st) == 0 && m->bytes > (uint64_t)st.st_blocks * 512 &&
+	    (!is_there(m->bytes - (uint64_t)st.st_blocks * 512) ||
+	     (fallocate(m->fd, 0, 0, (off_t)m->bytes) && errno != EOPNOTSUPP)))
 		goto fail;
 	m->base = mmap(NULL, m->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
 	if (m->base == MAP_FAILED)
@@ -159,7 +186,8 @@ int memory_plain(struct memory *m, size_t bytes, bool no_huge)
 	if (m->base == MAP_FAILED) {
 		m->huge = false;
 		m->bytes = rounded(bytes, 4096);
-		m->base = mmap(NULL, m->bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+		if (is_there(m->bytes))
+			m->base = mmap(NULL, m->bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
 		if (m->base == MAP_FAILED) {
 			m->base = NULL;
 			return -errno;

@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 struct memory {
 	void *base;
@@ -24,6 +25,9 @@ int memory_reset(struct memory *m);
 
 /* Memory for an engine or a policy: huge pages where there are some, touched. NULL: none. */
 int memory_plain(struct memory *m, size_t bytes, bool no_huge);
+
+/* What the kernel could give in plain pages without swapping. */
+uint64_t memory_available(void);
 
 void memory_release(struct memory *m);
 

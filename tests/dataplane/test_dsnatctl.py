@@ -403,7 +403,9 @@ def test_the_shown_configuration_is_one_that_the_engine_takes(
             shown.append(out)
         config.write_text(out)
     assert shown[0] == shown[1]
-    keys = re.findall(r"^\| `([a-z_.\[\]]+)` \|", (ROOT / "dataplane/README.md").read_text(), re.MULTILINE)
+    keys = re.findall(
+        r"^\| `([a-z_.\[\]]+)` \|.*\|.*\|.*\|$", (ROOT / "dataplane/README.md").read_text(), re.MULTILINE
+    )
     missing = {key for key in keys if f"{key.split('.')[-1]}:" not in shown[0]} - {"profile"}
     assert not missing, "show config does not show these keys of the README, or EVERY_KEY does not set them"
     for text in ("udp: 540s", "weight: 3", "inside_port: 2525", 'device: "0000:00:04.0"', "mss_clamp: 1400"):

@@ -1,118 +1,147 @@
-"""What breaks around a gateway, and what then happens: service comes back, or one sentence says what to do.
-
-`tests/gateway.py` draws the topology and names the paths. Faults that only one path knows are beside that
-path's tests (`test_dpdk_net.py`, `test_queue_net.py`), those of a pair in `test_failover_net.py`.
-"""
+"""What must not happen and does: a worker that hangs, too little memory, somebody who may not ask."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import signal
+import socket
+import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.gateway import PATHS, Gateway, new_gateway, ping, watch
+import dsnatctl
+from tests.gateway import Gateway, config, new_gateway, ping
 from tests.lab import Lab, wait_until
 from tests.traffic import SERVER
 
 pytestmark = pytest.mark.net
 
-FAR = "192.0.2.9"
+PTRACE_ATTACH, PTRACE_DETACH = 16, 17
+WALL = 0x40000000  # __WALL: a thread is no child
 
 
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+def worker_thread(pid: int, path: str) -> int:
+    """The thread that translates: by its name."""
+    wanted = "dsnat-queue" if path == "nfqueue" else r"rte-worker-\d+|lcore-worker-\d+|dpdk-worker\d*"
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        if re.fullmatch(wanted, (task / "comm").read_text().strip()):
+            return int(task.name)
+    names = {(task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()}
+    raise AssertionError(f"no worker thread among {names}")
 
 
-@pytest.fixture
-def gateway(lab: Lab, program: Callable[[str], Path], path: str) -> Iterator[Gateway]:
-    made = new_gateway(lab, program("dsnatd"), path=path)
-    yield made
-    made.close()
-
-
-def sessions(gateway: Gateway) -> list[str]:
-    return [one["outside"] for one in gateway.show("sessions")["sessions"]]
-
-
-def has_carrier(gateway: Gateway, name: str) -> bool:
-    return "LOWER_UP" in gateway.space.ip(f"link show {name}")
-
-
-@pytest.mark.parametrize("side", ["inside", "outside"])
-def test_a_link_that_flaps_costs_only_what_was_sent_meanwhile(gateway: Gateway, side: str) -> None:
-    far_end = {"inside": gateway.client, "outside": gateway.server}[side]
-    assert " 3 received" in ping(gateway.client, SERVER, "-e", "4711")
-    before = sessions(gateway)
-    for _ in range(3):
-        far_end.ip("link set eth0 down")
-        wait_until("the kernel to see the link go", lambda: not has_carrier(gateway, f"{side}0"))
-        far_end.ip("link set eth0 up")
-        wait_until("the kernel to see the link come", lambda: has_carrier(gateway, f"{side}0"))
-    if side == "inside":  # the client's kernel has dropped its route with the link
-        gateway.client.ip("route replace default via 100.64.0.1")
-    else:
-        gateway.server.ip("route replace 203.0.113.0/24 via 198.51.100.1")
-    wait_until("service", lambda: " 3 received" in ping(gateway.client, SERVER, "-e", "4711"))
-    assert sessions(gateway) == before
-
-
-def test_routes_are_right_again_after_more_changes_than_netlink_keeps(gateway: Gateway) -> None:
-    gateway.server.ip(f"address add {FAR}/32 dev lo")
-    batch = gateway.space.lab.directory / "routes"
-    many = (
-        f"route add 192.0.{n >> 6}.{(n & 63) << 2}/30 via {SERVER} metric {m}"
-        for m in range(1, 9)
-        for n in range(4096)
-    )
-    noise = [line for line in many if not line.startswith("route add 192.0.2.8/30")]
-    batch.write_text("\n".join([*noise, f"route add {FAR}/32 via {SERVER}"]) + "\n")
-    gateway.daemon.process.send_signal(signal.SIGSTOP)
+@contextmanager
+def stopped(thread: int) -> Iterator[None]:
+    """One thread of a process stands still, the others go on: what a hanging device looks like."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    assert libc.ptrace(PTRACE_ATTACH, thread, None, None) == 0, os.strerror(ctypes.get_errno())
+    os.waitpid(thread, WALL)
     try:
-        gateway.space.run("ip", "-batch", str(batch), timeout_s=60)
+        yield
     finally:
-        gateway.daemon.process.send_signal(signal.SIGCONT)
-    wait_until("the route", lambda: " 3 received" in ping(gateway.client, FAR), deadline_s=60)
-    assert gateway.ask(cmd="status")["routes"]["overruns"] > 0, "the kernel kept them all: nothing was tried"
-    gateway.space.ip(f"route delete {FAR}/32")
-    wait_until("its end", lambda: " 0 received" in ping(gateway.client, FAR))
+        if libc.ptrace(PTRACE_DETACH, thread, None, None):  # it is dead: its process ends when we have looked
+            os.waitpid(thread, WALL)
 
 
-def test_a_route_loop_ends_at_the_gateway_and_is_counted(gateway: Gateway) -> None:
-    gateway.space.ip(f"route add 192.0.2.0/24 via {SERVER}")
-    gateway.server.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.send_redirects=0")
-    gateway.server.ip("route add 192.0.2.0/24 via 198.51.100.1")
-    seen = watch(gateway.server, f"icmp and dst host {FAR}", "loop")
-    assert " 0 received" in ping(gateway.client, FAR, "-t", "64")
-    arrived = r"ICMP echo request"
-    wait_until(
-        "the requests", lambda: len(re.findall(arrived, seen.text())) >= 6
-    )  # three in, three out again
-    assert len(re.findall(arrived, seen.text())) == 6, "the loop went round more than once"
-    assert gateway.show("counters")["equation"]
-    assert " 3 received" in ping(gateway.client, SERVER)
+@pytest.mark.parametrize("path", ["dpdk", "nfqueue"])
+def test_a_worker_that_hangs_ends_the_daemon_and_the_next_goes_on_with_the_sessions(
+    lab: Lab, program: Callable[[str], Path], path: str
+) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), path=path, start=False)
+    sessions = Path("/dev/shm", f"{lab.prefix}.sessions")
+    lab.undo.callback(sessions.unlink, missing_ok=True)
+    notify = Path("/tmp", f"{lab.prefix}.notify")
+    heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    heard.bind(str(notify))
+    heard.settimeout(20)
+    lab.undo.callback(notify.unlink)
+    lab.undo.callback(heard.close)
+    environment = {"NOTIFY_SOCKET": str(notify), "WATCHDOG_USEC": "20000000"}
+    gateway.start("--sessions", str(sessions), env=environment)
+    gateway.address()
+    assert " 3 received" in ping(gateway.client, SERVER, "-e", "4711")
+    while b"WATCHDOG=1" not in heard.recv(4096):
+        pass
+    before = gateway.show("sessions")["sessions"]
+
+    with stopped(worker_thread(gateway.pid(), path)):
+        wait_until("the daemon to notice", lambda: "makes no rounds" in gateway.daemon.text())
+        heard.setblocking(False)
+        try:
+            while True:
+                heard.recv(4096)
+        except BlockingIOError:
+            pass
+        wait_until("the daemon's end", lambda: not gateway.daemon.running or zombie(gateway), deadline_s=60)
+    assert gateway.daemon.wait(timeout_s=20) == -signal.SIGABRT
+    with pytest.raises(BlockingIOError):
+        heard.recv(4096)  # systemd has heard nothing more
+    assert "has made no round for 10 s" in gateway.daemon.text()
+
+    gateway.start("--sessions", str(sessions))
+    assert " 3 received" in ping(gateway.client, SERVER, "-e", "4711")
+    assert [one["outside"] for one in gateway.show("sessions")["sessions"]] == [
+        one["outside"] for one in before
+    ]
+    gateway.close()
 
 
-def test_the_mtu_that_an_operator_sets_holds_from_the_next_packet_on(gateway: Gateway) -> None:
-    large = ("-M", "do", "-s", "1400")
-    assert " 3 received" in ping(gateway.client, SERVER, *large)
-    gateway.space.ip("link set outside0 mtu 1300")
-    gateway.server.ip("link set eth0 mtu 1300")
+def zombie(gateway: Gateway) -> bool:
+    """SIGABRT is on its way, but the traced thread has to be let go first."""
+    return "has made no round" in gateway.daemon.text()
 
-    def told() -> bool:
-        gateway.client.ip("route flush cache")
-        return "mtu = 1300" in ping(gateway.client, SERVER, *large) or "mtu=1300" in ping(
-            gateway.client, SERVER, *large
+
+def test_too_little_memory_is_said_with_the_figure_and_what_would_fit(
+    program: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file, control = tmp_path / "dsnatd.yaml", tmp_path / "s"
+    file.write_text(config(sessions=1_000_000_000))
+    argv = [str(program("dsnatd")), "--config", str(file), "--socket", str(control), "--no-huge"]
+
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 4, done.stderr
+    said = re.search(
+        r"max_sessions: 1000000000 needs (\d+) MB in all, (\d+) MB are free: about (\d+) would fit",
+        done.stderr,
+    )
+    assert said, done.stderr
+    needs, there, fits = map(int, said.groups())
+    assert needs > 60_000
+    assert fits / 1_000_000_000 == pytest.approx(0.9 * there / needs, rel=0.01)
+    assert not control.exists()
+
+
+def test_members_of_the_group_may_ask_and_others_are_told_what_to_do(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), path="nfqueue", start=False)
+    gateway.start(env={"DSNATD_GROUP": "daemon"})
+    root = str(Path(dsnatctl.__file__).parents[1])
+
+    def ask(*groups: str) -> subprocess.CompletedProcess[str]:
+        code = (
+            f"import sys; sys.path.insert(0, {root!r}); from dsnatctl.__main__ import main; sys.exit(main())"
         )
+        who = ["setpriv", "--reuid", "65534", "--regid", "65534", *groups]
+        argv = [*who, sys.executable, "-c", code, "status", "--socket", str(gateway.socket)]
+        return subprocess.run(argv, capture_output=True, text=True, cwd="/", check=False)
 
-    wait_until("the client to be told the MTU", told)
-    assert " 3 received" in ping(gateway.client, SERVER, "-M", "do", "-s", "1200")
-    assert " 3 received" in ping(gateway.client, SERVER, "-M", "dont", "-s", "1400")
-    gateway.space.ip("link set outside0 mtu 1500")
-    gateway.server.ip("link set eth0 mtu 1500")
-    gateway.client.ip("route flush cache")
-    wait_until("large packets", lambda: " 3 received" in ping(gateway.client, SERVER, *large))
+    found = gateway.socket.stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o660, 1)
+    stranger = ask("--clear-groups")
+    assert stranger.returncode != 0
+    if "Permission" not in stranger.stderr:  # this Python can be run by anybody
+        assert (stranger.returncode, "join the socket's group" in stranger.stderr) == (3, True), (
+            stranger.stderr
+        )
+        assert ask("--groups", "1").returncode == 0
+    gateway.close()
