@@ -76,7 +76,15 @@ UNWANTED = (
 )
 ENABLED = (
     *("bird", "chrony", "dbus-broker", "dsnat-failclosed", "dsnat-healthy", "dsnat-identity", "dsnat-nic"),
-    *("dsnat-metrics", "dsnat-nic-watch", "dsnat-unconfirmed", "dsnatd", "keepalived", "ssh", "systemd-network-generator"),
+    *(
+        "dsnat-metrics",
+        "dsnat-nic-watch",
+        "dsnat-unconfirmed",
+        "dsnatd",
+        "keepalived",
+        "ssh",
+        "systemd-network-generator",
+    ),
     *("systemd-networkd",),
 )
 OUR_UNITS = (
