@@ -171,3 +171,19 @@ def test_sessions_live_on_with_another_number_of_workers(lab: Lab, program: Call
     stop.set()
     server.join(20)
     gateway.close()
+
+
+def test_a_port_whose_rss_can_be_read_is_followed_and_others_are_named(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    """net_null takes a key and a table and gives them back; net_af_packet has neither."""
+    null = interfaces("dpdk").replace("net_af_packet0,iface=vin", "net_null0")
+    gateway = new_gateway(lab, program("dsnatd"), config(interfaces=null, workers=3), start=False)
+    gateway.start()
+    said = gateway.daemon.text()
+    assert "interface inside0" not in said
+    assert (
+        "dsnatd: interface outside0 has no RSS whose key and table can be read; packets are handed over"
+        in said
+    )
+    gateway.close()
