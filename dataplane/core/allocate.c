@@ -382,6 +382,7 @@ static void fetch_ahead(struct nat_engine *e, struct nat_pkt *pkt, const uint32_
 	if (n_new < 2) /* nothing to wait for together */
 		return;
 	nat_session_fetch_free(e, n_new);
+	nat_port_look_ahead(e, n_new);
 	for (uint32_t i = 0; i < n_new; i++) {
 		struct nat_tuple mapping = pkt[at[i]].tuple;
 		struct nat_zone_note *note = &e->notes->zone[pkt[at[i]].zone];
@@ -427,6 +428,8 @@ static void book_latency(struct nat_latency *latency, uint64_t spent_ns, uint32_
 
 static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
+	uint64_t asked = 0; /* a bit per packet from inside that was here already, by its hash */
+
 	for (uint32_t i = 0; i < n; i++) {
 		if (pkt[i].settled || pkt[i].session != NAT_NO_SESSION)
 			continue;
@@ -434,13 +437,18 @@ static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 			find_mapping_of_error(e, &pkt[i]);
 			continue;
 		}
-		/* An earlier packet of the same burst may have made it. */
-		pkt[i].session = nat_session_find(e, &pkt[i].tuple, pkt[i].hash);
+		/* An earlier packet of the same burst may have made it. Before that it was not there, as session.c
+		 * has just seen. */
+		const uint64_t bit = UINT64_C(1) << (pkt[i].hash >> 16) % 64;
+		if (nat_is_inbound(&pkt[i]) || (asked & bit))
+			pkt[i].session = nat_session_find(e, &pkt[i].tuple, pkt[i].hash);
+		asked |= bit;
 		if (pkt[i].session != NAT_NO_SESSION) {
 			if (nat_is_inbound(&pkt[i]))
 				nat_route(e, &pkt[i], 1);
 		} else if (nat_is_inbound(&pkt[i])) {
 			begin_from_outside(e, &pkt[i]);
+			asked = UINT64_MAX; /* over a static mapping it may have begun one that the inside asks for */
 		} else if (!e->workers) {
 			begin_from_inside(e, &pkt[i]);
 		} else if (!nat_must_wait(e, &pkt[i])) {

@@ -78,6 +78,8 @@ enum nat_reason nat_block_take(struct nat_engine *e, const struct nat_pool *pool
 
 void nat_block_count(struct nat_engine *e, const struct nat_session *s, bool begins)
 {
+	if (e->policy->n_blocks == 0)
+		return;
 	const uint32_t address = nat_policy_address(e->policy, s->out_addr_be);
 
 	if (address == UINT32_MAX)

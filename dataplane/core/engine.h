@@ -150,6 +150,12 @@ struct nat_elsewhere {
 	uint8_t at[NAT_BURST_MAX];
 };
 
+/* Random numbers that a burst is going to draw: to know where it will look it has made them before (pool.c). */
+struct nat_ahead {
+	uint64_t first, n; /* of the counter */
+	uint64_t value[NAT_BURST_MAX];
+};
+
 struct nat_engine {
 	struct nat_policy *policy;
 	struct nat_workers *workers; /* NULL: this is the only one */
@@ -169,6 +175,7 @@ struct nat_engine {
 	struct nat_world world;
 	struct nat_random random;
 	struct nat_elsewhere elsewhere;
+	struct nat_ahead ahead;
 	struct nat_counters counters;
 	struct nat_portsets portsets;
 	struct nat_hosts hosts;

@@ -388,12 +388,28 @@ static uint32_t port_of_ours(const struct ours *ours, uint32_t chance, struct sp
 	return port;
 }
 
+void nat_port_look_ahead(struct nat_engine *e, uint32_t n)
+{
+	e->ahead.first = e->random.counter;
+	e->ahead.n = n;
+	for (uint32_t i = 0; i < n; i++)
+		e->ahead.value[i] = nat_sip64(&e->random.key, e->random.counter + i);
+}
+
+/* The number of a counter is the same whenever it is made. */
+static uint64_t random_at(const struct nat_engine *e, uint64_t counter)
+{
+	const uint64_t i = counter - e->ahead.first;
+
+	return NAT_LIKELY(i < e->ahead.n) ? e->ahead.value[i] : nat_sip64(&e->random.key, counter);
+}
+
 uint16_t nat_port_forecast(const struct nat_engine *e, const struct nat_tuple *outside, uint32_t ahead,
 			   uint16_t first, uint16_t last, bool alike, uint16_t like_be)
 {
 	const struct span all = {first, last}, span = alike ? class_of(all, like_be) : all;
 	const struct ours ours = ours_of(e, outside);
-	const uint64_t chance = nat_sip64(&e->random.key, e->random.counter + ahead);
+	const uint64_t chance = random_at(e, e->random.counter + ahead);
 	return NAT_HTON16(port_of_ours(&ours, (uint32_t)chance, span, alike, like_be));
 }
 
@@ -404,12 +420,12 @@ static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, struct spa
 	uint64_t chance = 0;
 
 	for (uint32_t probe = 0; probe < NAT_PORT_PROBES; probe++) {
-		chance = probe % 2 == 0 ? nat_random_next(&e->random) : chance >> 32;
+		chance = probe % 2 == 0 ? random_at(e, e->random.counter++) : chance >> 32;
 		const uint32_t port = port_of_ours(&ours, (uint32_t)chance, span, parity, like_be);
 		if (port == 0)
 			continue;
 		outside->local_port_be = NAT_HTON16(port);
-		if (is_forwarded(e, outside, outside->local_port_be))
+		if (e->policy->n_statics != 0 && is_forwarded(e, outside, outside->local_port_be))
 			continue;
 		if (nat_session_find(e, outside, nat_tuple_hash(&e->index.key, outside)) == NAT_NO_RECORD)
 			return outside->local_port_be;

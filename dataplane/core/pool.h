@@ -73,8 +73,11 @@ void nat_portsets_begin_trial(struct nat_engine *e); /* trial.c */
 uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
 		       bool alike, uint16_t like_be, bool *tracked);
 
-/* The port that the next call but `ahead` will look at first, if those before it take the first one they look
- * at. Changes nothing. */
+/* Makes the random numbers that the next n calls (NAT_BURST_MAX at most) begin with, if those before each take the first
+ * port they look at. */
+void nat_port_look_ahead(struct nat_engine *e, uint32_t n);
+
+/* The port that the next call but `ahead` will look at first, under that condition. Changes nothing. */
 uint16_t nat_port_forecast(const struct nat_engine *e, const struct nat_tuple *outside, uint32_t ahead,
 			   uint16_t first, uint16_t last, bool alike, uint16_t like_be);
 

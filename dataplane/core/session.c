@@ -292,13 +292,20 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 		return NAT_NO_RECORD;
 	const uint32_t record = e->free_record[e->n_free - 1];
 	struct nat_session *s = &e->record[record];
-	struct nat_session fill = *want;
 
-	fill.timer = NAT_TIMER_FREE;
-	fill.worker = (uint8_t)e->worker;
-	fill.created_s = fill.last_seen_s = e->now_s;
-	fill.slot = NAT_OFF_WHEEL;
-	*s = fill;
+	/* Field by field, as `want` was just written: a copy in large words would wait for all of those stores. */
+	s->inside = want->inside;
+	s->out_addr_be = want->out_addr_be;
+	s->out_port_be = want->out_port_be;
+	s->zone_id = want->zone_id;
+	s->pool_id = want->pool_id;
+	s->slot = NAT_OFF_WHEEL;
+	s->flags = want->flags;
+	s->state = want->state;
+	s->worker = (uint8_t)e->worker;
+	s->created_s = s->last_seen_s = e->now_s;
+	s->bytes_out = want->bytes_out;
+	s->bytes_in = want->bytes_in;
 	if (!index_both(e, record))
 		return NAT_NO_RECORD;
 	e->n_free--;
