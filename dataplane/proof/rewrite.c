@@ -37,13 +37,13 @@ static uint16_t any_sum(const uint8_t *p, size_t n)
 	return nondet_u16();
 }
 
-#define nat_get16                 get16
-#define nat_get32                 get32
-#define nat_put16                 put16
-#define nat_put32                 put32
-#define nat_csum_bytes(p, n)      any_sum(p, n)
-#define nat_sum_bytes(sum, p, n)  ((sum) + any_sum(p, n))
-#define nat_csum_update(sum, by)  nondet_u16()
+#define nat_get16                get16
+#define nat_get32                get32
+#define nat_put16                put16
+#define nat_put32                put32
+#define nat_csum_bytes(p, n)     any_sum(p, n)
+#define nat_sum_bytes(sum, p, n) ((sum) + any_sum(p, n))
+#define nat_csum_update(sum, by) nondet_u16()
 
 #include "../core/engine.h"
 #include "../core/icmp.c"
@@ -197,8 +197,12 @@ void proof_clamp_mss(void)
 {
 	static uint8_t least[20], some[24], more[28];
 	const unsigned kind = nondet_u8(), at = nondet_u8();
-	struct nat_pkt pkt = {.l3 = kind == 0 ? least : kind == 1 ? some : more, /* seen from its TCP header */
-			      .l4_bytes = kind == 0 ? 20 : kind == 1 ? 24 : 28,
+	struct nat_pkt pkt = {.l3 = kind == 0   ? least
+				    : kind == 1 ? some
+						: more, /* seen from its TCP header */
+			      .l4_bytes = kind == 0   ? 20
+					  : kind == 1 ? 24
+						      : 28,
 			      .flags = nondet_u16()};
 	for (unsigned i = 0; i < pkt.l4_bytes; i++)
 		pkt.l3[i] = nondet_u8();
