@@ -1,7 +1,7 @@
 /* Packets of sessions that are there already, which nearly all are: looked up, routed, translated and booked in one
  * walk instead of four.
  *
- * Takes a packet only if nothing about it is special: whole TCP or UDP; its record came to the cache, holds its tuple
+ * Takes a packet only if nothing about it is special: whole TCP or UDP without IP options; its record came to the cache, holds its tuple
  * and is not over; its state and timer stay as they are; it may leave (TTL, route, MTU). All others stay unsettled, as
  * they came, for the stages in session.c, route.c, allocate.c and rewrite.c, which decide the same for any packet.
  * known_test.c compares the two ways.
@@ -31,6 +31,7 @@ struct barred {
 NAT_ALWAYS_INLINE bool is_plain(const struct nat_pkt *pkt)
 {
 	return !pkt->settled && !(pkt->stage_flags & ~NAT_STAGE_INBOUND) && pkt->guess != NAT_NO_RECORD &&
+	       pkt->l4_offset == NAT_IP_HEADER_BYTES && /* no IP options: translate() counts on it */
 	       (pkt->tuple.protocol == NAT_PROTO_UDP || pkt->tuple.protocol == NAT_PROTO_TCP) &&
 	       !(pkt->flags & (NAT_PKT_KERNEL_ROUTES | NAT_PKT_CSUM_PARTIAL | NAT_PKT_TAKEN_OVER));
 }
