@@ -426,6 +426,25 @@ static void book_latency(struct nat_latency *latency, uint64_t spent_ns, uint32_
 	latency->sum_ns += spent_ns;
 }
 
+static bool is_link_local(uint32_t address_be)
+{
+	return NAT_NTOH32(address_be) >> 16 == 0xa9fe;
+}
+
+/* RFC 3927 section 7: no router forwards what belongs to one link. Asked here, where the known flows are through and
+ * what is for the gateway itself has gone to the kernel. */
+static bool stays_on_its_link(struct nat_pkt *pkt)
+{
+	const bool inbound = nat_is_inbound(pkt);
+	const uint32_t source_be = inbound ? pkt->tuple.remote_be : pkt->tuple.local_be,
+		       destination_be = inbound ? pkt->tuple.local_be : pkt->tuple.remote_be;
+
+	if (NAT_LIKELY(!is_link_local(source_be) && !is_link_local(destination_be)))
+		return false;
+	nat_drop(pkt, is_link_local(source_be) ? NAT_REASON_BAD_SOURCE : NAT_REASON_BAD_DESTINATION);
+	return true;
+}
+
 static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
 	uint64_t asked = 0; /* a bit per packet from inside that was here already, by its hash */
@@ -446,6 +465,8 @@ static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		if (pkt[i].session != NAT_NO_SESSION) {
 			if (nat_is_inbound(&pkt[i]))
 				nat_route(e, &pkt[i], 1);
+		} else if (stays_on_its_link(&pkt[i])) {
+			continue;
 		} else if (nat_is_inbound(&pkt[i])) {
 			begin_from_outside(e, &pkt[i]);
 			asked = UINT64_MAX; /* over a static mapping it may have begun one that the inside asks for */

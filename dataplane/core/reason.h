@@ -23,8 +23,8 @@
 	NAT_REASON(BAD_HEADER, "bad_header", DROP, "IPv4 header length or total length is impossible", "look for a broken sender") \
 	NAT_REASON(BAD_OPTION, "bad_option", DROP, "IPv4 option of an impossible length, or a source route", "look for a broken sender or a forged packet") \
 	NAT_REASON(BAD_CHECKSUM, "bad_checksum", DROP, "IPv4 header checksum is wrong", "look for a failing link or memory") \
-	NAT_REASON(BAD_SOURCE, "bad_source", DROP, "source is loopback, multicast, broadcast or 0.0.0.0/8", "look for a misconfigured host") \
-	NAT_REASON(BAD_DESTINATION, "bad_destination", DROP, "destination is loopback, reserved or 0.0.0.0/8", "look for a misconfigured host") \
+	NAT_REASON(BAD_SOURCE, "bad_source", DROP, "source is loopback, link-local, multicast, broadcast or 0.0.0.0/8", "look for a misconfigured host") \
+	NAT_REASON(BAD_DESTINATION, "bad_destination", DROP, "destination is loopback, link-local, reserved or 0.0.0.0/8", "look for a misconfigured host") \
 	NAT_REASON(BAD_PORT, "bad_port", DROP, "TCP or UDP port 0", "") \
 	NAT_REASON(BAD_LENGTH, "bad_length", DROP, "TCP or UDP header length is impossible", "look for a broken sender") \
 	/* classify */ \

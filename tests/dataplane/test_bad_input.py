@@ -260,6 +260,7 @@ def test_a_source_that_no_host_can_have_is_dropped(replay: Bench, source: str, e
         ("127.0.0.1", "bad_destination"),
         ("240.0.0.1", "bad_destination"),
         ("255.255.255.254", "bad_destination"),
+        ("169.254.169.254", "bad_destination"),  # RFC 3927 section 7
         ("255.255.255.255", "pass"),  # DHCP and the like: the kernel's
         ("224.0.0.18", "pass"),  # VRRP: the kernel's
     ],
@@ -275,12 +276,32 @@ def test_a_destination_that_nobody_can_have_is_dropped(
         assert reason(replay, packet) == expected
 
 
+def test_a_link_local_address_is_served_by_the_gateway_itself_and_never_translated(bench: Start) -> None:
+    """RFC 3927 section 7, also where a zone has every source."""
+    nat = bench(configuration("endpoint-independent").replace("100.64.0.0/16", "0.0.0.0/0"))
+    nat.ask({"addresses": {"inside0": ["169.254.0.1"]}})
+    assert nat.send(udp("169.254.0.9:5 > 169.254.0.1:53")).verdict == "pass"
+    assert nat.send(udp("169.254.0.9:5 > 198.51.100.1:53")).reason == "bad_source"
+    assert nat.sessions() == []
+
+
+def test_an_error_that_quotes_an_error_is_dropped_and_nothing_of_it_gets_in(replay: Bench) -> None:
+    """RFC 1122 3.2.2: nobody answers an error by an error, so what says so is forged."""
+    asked = replay.send(udp(f"{HOST} > {REMOTE}"))
+    error = icmp_error(f"198.51.100.1 > {asked.packet.source_address}", 3, 3, asked.out[0].raw)
+    assert replay.send(error, on=IN).verdict == "forward"
+    for kind, code in ((3, 3), (11, 0), (12, 0)):
+        nested = icmp_error(f"198.51.100.1 > {asked.packet.source_address}", kind, code, error)
+        assert reason(replay, nested, IN) == "icmp_quote"
+
+
 @pytest.mark.parametrize(
     ("flow", "expected"),
     [
         ("203.0.113.1:5000 > 203.0.113.1:5000", "spoofed"),  # LAND
         ("203.0.113.2:5000 > 203.0.113.1:5000", "spoofed"),
         ("127.0.0.1:5000 > 203.0.113.1:5000", "bad_source"),
+        ("169.254.0.9:5000 > 203.0.113.1:5000", "bad_source"),
         ("100.64.0.2:5000 > 203.0.113.1:5000", "no_session"),
         ("198.51.100.1:5000 > 100.64.0.2:40000", "not_ours"),
         ("198.51.100.1:5000 > 192.0.2.200:40000", "not_ours"),
