@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
 from tests.packet import ipv4, tcp, udp
-from tests.replay import Bench, outside
+from tests.replay import Bench, configuration, outside
 
 CONFIG = """\
 engine: {workers: 1, max_sessions: 10000}
@@ -142,3 +143,20 @@ def test_another_protocol_is_dropped_or_left_to_the_kernel(bench: Callable[[str]
     assert bench(CONFIG.replace("POOL", plain)).send(gre).reason == "protocol"
     passed = bench(CONFIG.replace("POOL", plain) + "other_protocols: pass\n").send(gre)
     assert (passed.verdict, passed.reason) == ("pass", "other_protocol")
+
+
+def test_a_pool_of_65536_addresses_takes_them_in_turn_and_forgets_none(bench: Callable[[str], Bench]) -> None:
+    nat = bench(configuration("endpoint-dependent", addresses="198.18.0.0/16"))
+    taken = [
+        nat.send(udp(f"100.64.0.{1 + n % 250}:{5000 + n} > 192.0.2.1:80")).packet.source_address
+        for n in range(600)
+    ]
+    assert taken == [str(IPv4Address("198.18.0.0") + n) for n in range(600)]
+    text = configuration(
+        "endpoint-dependent", "drain: [198.18.0.0-198.18.255.254]", addresses="198.18.0.0/16"
+    )
+    nat.config.write_text(text)
+    assert nat.ctl(cmd="reload")["ok"]
+    last = {nat.send(udp(f"100.64.1.{n}:80 > 192.0.2.1:80")).packet.source_address for n in range(1, 9)}
+    assert last == {"198.18.255.255"}
+    assert nat.counters()["sessions"] == 608, "those of addresses that drain live on"
