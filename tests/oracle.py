@@ -54,6 +54,7 @@ class Session:
     flags_in: set[str] = field(default_factory=set)
     answered: bool = False
     reset: bool = False  # its last segment was a RST
+    doubtful: bool = False  # it may have ended and begun anew at the same port, without what it had seen
 
     def is_closing(self) -> bool:
         """RFC 7857 section 2: by FINs of both sides, or by a RST until the next segment takes that back."""
@@ -64,12 +65,13 @@ class Session:
         if self.inside[0] == ICMP:
             return TIMEOUTS_S["icmp"], TIMEOUTS_S["icmp"]
         if self.inside[0] == UDP:
-            two_way = "udp" if self.answered else "one_way"
-            one = TIMEOUTS_S["dns" if self.inside[4] == 53 else two_way]
-            return one, one
+            if self.inside[4] == 53:
+                return TIMEOUTS_S["dns"], TIMEOUTS_S["dns"]
+            longest = TIMEOUTS_S["udp" if self.answered else "one_way"]
+            return TIMEOUTS_S["one_way"] if self.doubtful else longest, longest
         open_ = "established" if "S" in self.flags_out & self.flags_in else "opening"
-        one = TIMEOUTS_S["closing" if self.is_closing() else open_]
-        return one, one
+        longest = TIMEOUTS_S["closing" if self.is_closing() else open_]
+        return TIMEOUTS_S["opening"] if self.doubtful else longest, longest
 
     def life(self, now_s: float) -> Life:
         """RFC 4787 REQ-6: a packet from inside must refresh it, one from outside may."""
@@ -84,6 +86,7 @@ class Session:
             self.last_out_s = now_s
         else:
             self.answered = True
+            self.doubtful = self.doubtful and self.inside[0] != UDP
         if "R" in packet.tcp_flags:
             self.reset = True
             return
@@ -141,6 +144,7 @@ class Oracle:
             session.saw(packet, now_s, outbound=True)
             if life is Life.UNSURE:  # or it ended, and a new one got the same port
                 self.cursors.add(self._after(session.outside[1]))
+                session.doubtful = packet.protocol != TCP or packet.tcp_flags == "S"
             return
         if session and life is Life.ALIVE:
             raise Disagreement(f"{inside} is {session.outside} and alive, but the answer is {answer.line}")

@@ -257,7 +257,9 @@ class GatewayLife(RuleBasedStateMachine):
             assert isinstance(self.oracle, EndpointIndependentOracle)
             self.oracle.by_owner[end[:3]].add(session)
         else:
-            self.oracle.by_inside[end].saw(read(raw), now_ns / SECOND_NS, outbound=True)
+            session = self.oracle.by_inside[end]
+            session.doubtful = session.doubtful or not self.is_alive(session)
+            session.saw(read(raw), now_ns / SECOND_NS, outbound=True)
 
     @rule(pick=picks, outbound=st.booleans(), at=st.integers(0, 59), bit=st.integers(0, 7))
     def damage(self, pick: int, outbound: bool, at: int, bit: int) -> None:
