@@ -367,6 +367,7 @@ static bool on_worker_view(void *context, uint32_t worker, struct request_worker
 		.idle_ns = t->idle_ns,
 		.busy_ns = t->busy_ns,
 		.work_ns = t->work_ns,
+		.longest_job_ns = t->longest_job_ns,
 		.cycles = cycles_of(d, t->work_ns),
 		.sleeps = t->sleeps,
 		.handover_sent = t->handed_over,

@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--log-sessions", type=int, default=10_000, help="sessions that collectors are told of")
     parser.addoption("--log-rate", type=int, default=5_000, help="of them in a second")
     parser.addoption("--explain-packets", type=int, default=3000, help="packets that explain foretells")
+    parser.addoption("--sessions", type=int, default=20_000, help="sessions in the table that is listed")
     parser.addoption("--reloads", type=int, default=10, help="reloads while connections stay open")
 
 

@@ -23,6 +23,7 @@ struct json_t;
 struct request_worker {
 	int32_t core; /* -1: none of its own */
 	uint64_t bursts, packets, idle_ns, busy_ns, sleeps;
+	uint64_t longest_job_ns; /* the longest that a request has kept it from packets */
 	uint64_t work_ns; /* in rounds that had packets; busy_ns has those that only looked for some, too */
 	uint64_t cycles;  /* spent on packets */
 	uint64_t handover_sent, handover_received;

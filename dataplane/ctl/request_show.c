@@ -497,6 +497,7 @@ json_t *request_show_workers(struct request_context *c)
 			json_object_set_new(one, "busy_ns", request_number(w.busy_ns));
 			json_object_set_new(one, "idle_ns", request_number(w.idle_ns));
 			json_object_set_new(one, "work_ns", request_number(w.work_ns));
+			json_object_set_new(one, "longest_job_ns", request_number(w.longest_job_ns));
 			json_object_set_new(one, "sleeps", request_number(w.sleeps));
 			json_object_set_new(one, "cycles", request_number(w.cycles));
 			json_object_set_new(one, "handover_sent", request_number(w.handover_sent));

@@ -66,7 +66,11 @@ void thread_attend(struct thread *t, uint64_t generation, uint64_t now_ns)
 	atomic_store_explicit(&t->passed, generation, memory_order_release);
 	if (job) {
 		count_back(t); /* what is shown adds up */
+		const uint64_t from_ns = thread_clock_ns();
 		job->run(t->engine, now_ns, job->argument);
+		const uint64_t took_ns = thread_clock_ns() - from_ns;
+		if (took_ns > t->longest_job_ns)
+			t->longest_job_ns = took_ns;
 		sem_post(&job->done);
 	}
 }

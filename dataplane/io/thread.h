@@ -40,7 +40,8 @@ struct thread {
 	uint32_t index;
 	int32_t core; /* -1: not pinned */
 	const _Atomic uint64_t *generation;
-	uint64_t rounds, bursts, packets, sleeps, idle_ns, busy_ns, work_ns, handed_over, taken_over;
+	uint64_t rounds, bursts, packets, sleeps, idle_ns, busy_ns, work_ns, longest_job_ns, handed_over,
+		taken_over;
 	/* written by others */
 	_Alignas(64) _Atomic uint64_t passed;
 	const struct plan *_Atomic next_plan;

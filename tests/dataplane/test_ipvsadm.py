@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,12 @@ import pytest
 
 from dsnatctl import ipvsadm, listing
 from dsnatctl.client import Engine
+from provision.agent import Refused as AgentRefused
+from provision.agent.change import by_hand
+from provision.agent.state import State
+from provision.plan import Running
 from tests.packet import tcp, udp
+from tests.provision.machine import Client, FakeMachine
 from tests.replay import Bench, outside
 
 EMPTY = """\
@@ -157,6 +163,43 @@ def test_save_and_restore_round_trip(type_: Ipvsadm) -> None:
     status, _, err = type_("ipvsadm -R", saved + "-K --zone 300.1\n")
     assert (status, "line 8" in err) == (255, True)
     assert type_("ipvsadm -S")[1] == saved
+
+
+def test_what_it_changes_is_a_generation_that_a_reboot_keeps_and_drift_names(
+    engine: Bench,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The real agent in a directory; what its engine would read, the engine here reads."""
+    machine = FakeMachine(tmp_path / "dsnat")
+    fleet = Client(machine, "alice")
+    fleet.push("a")
+
+    def agent(argv: list[str], *, input: str, **_: object) -> subprocess.CompletedProcess[str]:
+        assert argv == [ipvsadm.AGENT, "change"]
+        said = {"ok": True, "result": by_hand(State(machine), json.loads(input))}
+        return subprocess.CompletedProcess(argv, 0, json.dumps(said), "")
+
+    def type_line(line: str) -> str:
+        assert ipvsadm.main(line.split()[1:], socket_path=str(path)) == 0
+        (tmp_path / "dsnatd.yaml").write_text(machine.running["dsnatd"])
+        assert engine.ctl(cmd="reload")["ok"]
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(subprocess, "run", agent)
+    type_line("ipvsadm -K --zone 10.1.0.0/16")
+    type_line("ipvsadm -P --zone 10.1.0.0/16 -z 203.0.113.7")
+    machine.boot_up()
+
+    assert "203.0.113.7" in type_line("ipvsadm -G"), "the reboot has lost it"
+    assert machine.live() == 3, "a generation for each change, one rename each"
+    facts = fleet.ask(do="facts")
+    assert facts["manifest"]["owner"] == "ipvsadm"
+    assert "dsnatd.yaml (by ipvsadm)" in Running("gw1", facts).drift
+    with pytest.raises(AgentRefused, match="plan again"):
+        fleet.stage("b", base=1)
 
 
 def test_zones_with_the_same_addresses_share_a_pool(type_: Ipvsadm) -> None:

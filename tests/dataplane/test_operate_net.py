@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from dsnatctl import explain
-from tests.gateway import Gateway, new_gateway, ping
+from tests.gateway import INSIDE_ADDRESS, Gateway, config, new_gateway, ping
 from tests.lab import Lab, wait_until
 from tests.traffic import CLIENT, SERVER
 
@@ -175,3 +176,62 @@ def test_capture_shows_pings_on_both_sides_and_costs_no_packet(gateway: Gateway)
     assert explain.ends_of(bytes.fromhex(first["before"]["pkt"])) == f"{CLIENT} > {SERVER}"
     assert explain.ends_of(bytes.fromhex(first["after"]["pkt"])).startswith("203.0.113.")
     assert answer["lost"] == 0
+
+
+def flood(count: int) -> None:
+    """UDP packets of as many sessions, from 250 hosts at most; called in the client's namespace."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind(("eth0", 0))
+        gateway = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        gateway.sendto(b"", (INSIDE_ADDRESS, 9))  # so that the kernel learns where it is
+        gateway.close()
+        wait_until("the gateway's MAC address", lambda: "100.64.0.1" in arp_table())
+        mac = bytes.fromhex(arp_table()["100.64.0.1"].replace(":", ""))
+        ether = mac + b"\x02\0\0\0\0\1\x08\0"
+        for n in range(count):
+            near = f"100.64.{1 + n // 50_000}.{1 + n % 250}:{1024 + n // 250 % 60_000}"
+            raw.send(ether + explain.packet("udp", near, f"{SERVER}:{5000 + n % 3}"))
+            if n % 64 == 0:
+                time.sleep(0.001)  # a receive ring of af_packet is small
+
+
+def arp_table() -> dict[str, str]:
+    rows = [line.split() for line in Path("/proc/thread-self/net/arp").read_text().splitlines()[1:]]
+    return {row[0]: row[3] for row in rows if row[3] != "00:00:00:00:00:00"}
+
+
+@pytest.mark.timeout(900)
+def test_listing_all_sessions_never_keeps_a_worker_from_packets_for_long(
+    lab: Lab, program: Callable[[str], Path], request: pytest.FixtureRequest
+) -> None:
+    wanted = int(request.config.getoption("--sessions"))
+    gateway = new_gateway(lab, program("dsnatd"), config(sessions=wanted + 1000))
+    gateway.client.inside(lambda: flood(wanted))
+    wait_until("the last packet", lambda: settled(gateway))
+    there = gateway.show("counters")["counters"]["sessions"]
+
+    started, seen, longest_s = time.monotonic(), 0, 0.0
+    cursor: dict[str, str] = {}
+    while True:
+        before = time.monotonic()
+        page = gateway.show("sessions", limit=1000, **cursor)
+        longest_s = max(longest_s, time.monotonic() - before)
+        seen += len(page["sessions"])
+        if "next" not in page:
+            break
+        cursor = {"cursor": page["next"]}
+
+    pause_us = max(one["longest_job_ns"] for one in gateway.show("workers")["workers"]) / 1000
+    print(
+        f"{seen} sessions listed in {time.monotonic() - started:.1f} s, longest answer {longest_s:.3f} s, "
+        f"longest that the worker was kept from packets: {pause_us:.0f} us"
+    )
+    assert seen == there > 0.9 * wanted
+    assert pause_us < 50_000, "a step looks at a bounded number of records; 1,024 of them take no such time"
+    gateway.close()
+
+
+def settled(gateway: Gateway) -> bool:
+    before = gateway.counters()["received"]
+    time.sleep(0.3)
+    return bool(gateway.counters()["received"] == before)
