@@ -425,7 +425,6 @@ bool nat_engine_clear(struct nat_engine *e, uint32_t record)
 
 bool nat_engine_cut(struct nat_engine *e, uint64_t *cursor, uint32_t budget, uint64_t now_ns, uint64_t *ended)
 {
-	const uint8_t *owner = nat_table_owners(e->table);
 	uint64_t end = (uint64_t)atomic_load(&e->table->chunks_leased) * NAT_CHUNK;
 
 	set_time(e, now_ns);
@@ -434,11 +433,8 @@ bool nat_engine_cut(struct nat_engine *e, uint64_t *cursor, uint32_t budget, uin
 	for (; *cursor < end && budget-- > 0; (*cursor)++) {
 		const uint32_t record = (uint32_t)*cursor;
 		struct nat_session *s = &e->record[record];
-		if (record % NAT_CHUNK == 0 && owner[record / NAT_CHUNK] % e->n_workers != e->worker) {
-			*cursor += NAT_CHUNK - 1;
-			continue;
-		}
-		if (s->timer == NAT_TIMER_FREE || nat_policy_address(e->policy, s->out_addr_be) != UINT32_MAX)
+		if (s->timer == NAT_TIMER_FREE || s->worker != e->worker ||
+		    nat_policy_address(e->policy, s->out_addr_be) != UINT32_MAX)
 			continue;
 		if (!(s->flags & NAT_RECORD_MAPPING)) {
 			e->counters.sessions_closed++;

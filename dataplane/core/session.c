@@ -6,7 +6,7 @@
 #include "engine.h"
 
 #define TABLE_MAGIC  UINT64_C(0x7473657373746e64) /* "dntssest" */
-#define TABLE_LAYOUT 1u
+#define TABLE_LAYOUT 2u
 
 /* ---- the table ---- */
 
@@ -23,7 +23,7 @@ static uint64_t round_to_line(uint64_t bytes)
 size_t nat_table_size(uint64_t max_sessions)
 {
 	uint64_t chunks = chunks_for(max_sessions);
-	return (size_t)(round_to_line(sizeof(struct nat_table)) + round_to_line(chunks) +
+	return (size_t)(round_to_line(sizeof(struct nat_table)) +
 			chunks * NAT_CHUNK * sizeof(struct nat_session));
 }
 
@@ -59,9 +59,8 @@ struct nat_table *nat_table_init(void *mem, size_t size_bytes, uint64_t max_sess
 	table->record_bytes = sizeof(struct nat_session);
 	table->n_records = n_records;
 	table->seed = seed;
-	table->owners_offset = round_to_line(sizeof(*table));
 	table->n_chunks = (uint32_t)chunks_for(max_sessions);
-	table->records_offset = table->owners_offset + round_to_line(table->n_chunks);
+	table->records_offset = round_to_line(sizeof(*table));
 	/* Last: a process that dies before this leaves memory that the next one makes anew. */
 	atomic_thread_fence(memory_order_release);
 	table->magic = TABLE_MAGIC;
@@ -171,7 +170,6 @@ static bool lease_chunk(struct nat_engine *e)
 		atomic_store(&e->table->chunks_leased, e->table->n_chunks);
 		return false;
 	}
-	nat_table_owners(e->table)[chunk] = (uint8_t)e->worker;
 	for (uint32_t i = NAT_CHUNK; i-- > 0;)
 		give_back(e, chunk * NAT_CHUNK + i);
 	return true;

@@ -116,13 +116,13 @@ struct nat_zone_identity {
 	struct nat_prefix source, destination;
 };
 
-/* The table: this header, then one owner byte per chunk, then the records. Offsets only, no pointers. */
+/* The table: this header, then the records. Offsets only, no pointers. */
 struct nat_table {
 	uint64_t magic;
 	uint32_t layout, record_bytes;
 	uint64_t n_records;
 	uint64_t seed;
-	uint64_t records_offset, owners_offset;
+	uint64_t records_offset;
 	_Atomic uint32_t chunks_leased;
 	uint32_t n_chunks;
 	uint32_t n_pool_ids, n_zone_ids;
@@ -133,11 +133,6 @@ struct nat_table {
 static inline struct nat_session *nat_table_records(struct nat_table *table)
 {
 	return (struct nat_session *)(void *)((uint8_t *)table + table->records_offset);
-}
-
-static inline uint8_t *nat_table_owners(struct nat_table *table)
-{
-	return (uint8_t *)table + table->owners_offset;
 }
 
 struct nat_policy;

@@ -806,7 +806,6 @@ static void new_table(struct lab *lab)
 	struct nat_table *table = lab->table_memory;
 	if (table->magic) {
 		memset(nat_table_records(table), 0, SESSIONS * sizeof(struct nat_session));
-		memset(nat_table_owners(table), 0, table->n_chunks);
 		memset(table->pool_name, 0, table->n_pool_ids * sizeof(table->pool_name[0]));
 		memset(table->zone_identity, 0, table->n_zone_ids * sizeof(table->zone_identity[0]));
 		memset(table, 0, offsetof(struct nat_table, pool_name));

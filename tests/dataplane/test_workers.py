@@ -175,3 +175,16 @@ def test_sessions_live_on_when_a_reload_gives_their_host_another_place(
         assert bench.ctl(cmd="reload")["ok"]
         assert [outside(ask(bench, 1, port)) for port in range(4000, 4020)] == given
         assert causes(bench)["away"] > 0
+
+
+def test_reload_with_cut_ends_the_sessions_of_every_worker_on_addresses_that_are_gone(
+    workers: Start, tmp_path: Path
+) -> None:
+    with workers(configuration(ED), 5, "turns") as bench:
+        given = [outside(ask(bench, host)) for host in range(80)]
+        (tmp_path / "dsnatd.yaml").write_text(configuration(ED, addresses="203.0.113.2-203.0.113.4"))
+        assert bench.ctl(cmd="reload", cut=True)["ok"]
+        stay = [source for source in given if not source.startswith("203.0.113.1:")]
+        assert len(stay) < len(given)
+        assert sorted(one["outside"] for one in bench.sessions()) == sorted(stay)
+        assert [outside(ask(bench, host)) for host in range(80) if given[host] in stay] == stay
