@@ -3,8 +3,8 @@
     python -m provision.simulate                  the table of a year of changes; --svg FILE the picture
     python -m provision.simulate --sizing         how large a cluster must be, from 10 Gbit/s to 10 Tbit/s
 
-A router knows a flow by a hash. Here the hash is one of a million cells, and each host has its flow in a random
-one; a router's way to choose is a function from cells to members, so that what moves when members change can
+A router knows a flow by a hash. Here the hash is one of a million cells, and each host has its flow in one of
+them; how a router chooses is a function from cells to members, so that what moves when members change can
 be counted exactly for the hosts drawn. Slices are cut by the code that a push uses (slices.py). *Ideal* is
 what must move: the flows of who goes, or the share of who comes.
 """

@@ -12,6 +12,7 @@ folder as /usr/lib/dsnat/dsnat_agent, and /usr/lib/dsnat/agent leads to its `__m
     undo.py        or put back: at the deadline, at boot, on request
     services.py    what a change asks of the services
     look.py        requests that only read
+    rekey.py       another SSH host key
     image.py       a new image for the other slot
     announce.py    a unit of its own: BIRD announces this gateway while the engine is well
     machine.py     all that is asked of the gateway itself; a test replaces it

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import announce, change, image, look, stage, undo
+from . import announce, change, image, look, rekey, stage, undo
 from .machine import Machine
 from .protocol import PROTOCOL, Json, Refused, number_in, read_request
 from .state import State
@@ -34,6 +34,7 @@ VERBS: dict[str, Verb] = {
     "receive": image.receive,
     "update": image.update,
     "restart": image.restart,
+    "rekey": rekey.rekey,
 }
 
 LOCAL: dict[str, Callable[[State], Json]] = {
@@ -76,16 +77,16 @@ def main() -> int:
             result = reply(state, read_request())
         elif arguments[0] == "undo" and len(arguments) == 2:
             result = undo.undo(state, arguments[1])
+        elif arguments[0] == "unkey" and len(arguments) == 2:
+            result = rekey.unkey(state, arguments[1])
         elif arguments == ["announce"]:
             announce.announce(state.machine, BIRD_CONF)  # until it is ended
             result = {}
         elif arguments[0] in LOCAL and len(arguments) == 1:
             result = LOCAL[arguments[0]](state)
         else:
-            raise Refused(
-                "usage",
-                f"usage: agent [{' | '.join(LOCAL)} | announce | undo ID], or a request on standard input",
-            )
+            words = " | ".join([*LOCAL, "announce", "undo ID", "unkey ID"])
+            raise Refused("usage", f"usage: agent [{words}], or a request on standard input")
         said = {"protocol": PROTOCOL, "ok": True, "result": result}
     except Refused as refused:
         error = {"kind": refused.kind, "text": str(refused), **refused.more}

@@ -23,6 +23,8 @@ class Machine:
     """All that the agent needs of the gateway it runs on."""
 
     drain_file = Path(os.environ.get("DSNAT_DRAIN", "/run/dsnat-drain"))  # keepalived and announce look here
+    kept = Path(os.environ.get("DSNAT_KEPT", "/var/lib/dsnat/identity"))  # SSH host keys, on disk
+    identity = Path(os.environ.get("DSNAT_IDENTITY", "/run/dsnat-identity"))  # and the one that sshd shows
     updates = Path(os.environ.get("DSNAT_UPDATES", "/var/updates"))  # where systemd-sysupdate looks
 
     def __init__(self, root: Path, socket_path: str = "/run/dsnatd/control.sock") -> None:
@@ -62,14 +64,14 @@ class Machine:
             return 124, f"{argv[0]}: no end after {timeout_s:.0f} s"
         return done.returncode, done.stdout.decode(errors="replace")[-4000:].strip()
 
-    def arm(self, identity: str) -> None:
+    def arm(self, identity: str, verb: str = "undo") -> None:
         """Starts the undo as a unit of its own: no timer that a daemon-reload could fire twice, no child
         of ours.
         """
-        argv = ["systemd-run", "--quiet", "--collect", f"--unit=dsnat-undo-{identity}"]
+        argv = ["systemd-run", "--quiet", "--collect", f"--unit=dsnat-{verb}-{identity}"]
         argv += ["--property=Restart=on-failure", "--property=RestartSec=1", "--property=KillMode=process"]
         ours = str(Path(__file__).resolve().with_name("__main__.py"))
-        status, text = self.run([*argv, sys.executable or "/usr/bin/python3", ours, "undo", identity])
+        status, text = self.run([*argv, sys.executable or "/usr/bin/python3", ours, verb, identity])
         if status != 0:
             raise Refused("failed", f"the undo could not be armed, so nothing was changed: {text}")
 

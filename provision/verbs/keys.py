@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
-from provision.verbs import SOME_FAILED, Exit, Options, chosen, emit, look_at, read, shared
+from provision.verbs import (
+    FAILED,
+    INVALID,
+    SOME_FAILED,
+    Exit,
+    Options,
+    chosen,
+    emit,
+    look_at,
+    order_of,
+    read,
+    shared,
+)
+
+if TYPE_CHECKING:
+    from provision.model import Fleet
 
 
 @click.command()
+@click.argument("action", required=False, type=click.Choice(["rotate"]))
 @click.option("--known-hosts", is_flag=True, help="Print lines for OpenSSH's known_hosts.")
 @click.option("--check", is_flag=True, help="Connect, and say whose key is another.")
+@click.option("--yes", is_flag=True, help="With rotate: do not ask.")
 @shared
-def keys(options: Options, known_hosts: bool, check: bool) -> None:
-    """The host keys that are pinned in the file, and whether the gateways show them."""
-    from provision import show
-
+def keys(options: Options, action: str | None, known_hosts: bool, check: bool, yes: bool) -> None:
+    """The host keys that are pinned in the file, and whether the gateways show them. `keys rotate` gives
+    gateways new ones and writes them into the file.
+    """
     fleet = read(options)
     names = chosen(fleet, options)
-    if known_hosts:
+    if action == "rotate":
+        _rotate(options, fleet, names, yes=yes)
+    elif known_hosts:
         for name in names:
             address, port = fleet.gateways[name].management.address, fleet.ssh_of(name).port
             place = address if port == 22 else f"[{address}]:{port}"
             print(f"{place} {' '.join(fleet.gateways[name].host_key.split()[:2])}")
-        return
+    else:
+        _list(options, fleet, names, check=check)
+
+
+def _list(options: Options, fleet: Fleet, names: list[str], *, check: bool) -> None:
+    from provision import show
+
     answers = {name: "" for name in names}
     if check:
         _, running, missing = look_at(fleet, names, options)
         answers = {name: "as pinned" if name in running else missing[name].text for name in names}
-    pinned = {name: _fingerprint(fleet.gateways[name].host_key) for name in names}
+    pinned = {name: fingerprint(fleet.gateways[name].host_key) for name in names}
     if options.json:
         emit(
             {
@@ -44,7 +73,69 @@ def keys(options: Options, known_hosts: bool, check: bool) -> None:
         raise Exit(SOME_FAILED)
 
 
-def _fingerprint(key: str) -> str:
+def _rotate(options: Options, fleet: Fleet, names: list[str], *, yes: bool) -> None:
+    """One gateway after the other: a fault stops before the next one has another key too."""
+    from provision.load import load
+    from provision.rollout import window_of
+    from provision.ssh import GatewayError
+
+    if not options.limit and len(names) > 1:
+        raise Exit(INVALID, "say whose keys to rotate with --limit ('*' for all)")
+    if not yes:
+        if options.json or not sys.stdin.isatty():
+            raise Exit(INVALID, "nobody to ask whether to go on; rotate with --yes")
+        if not click.confirm(f"give {', '.join(names)} new host keys?"):
+            raise Exit(FAILED, "nothing was changed")
+    owner, window_s = order_of(options, "host key", 60, confirm=True).owner, window_of(fleet)
+    _, source = load(options.file)
+    done: dict[str, str] = {}
+    for name in names:
+        place = Path(source.problem(("gateways", name, "host_key"), "").file)
+        try:
+            done[name] = _rotate_one(options, fleet, name, place, owner, window_s)
+        except (GatewayError, OSError) as error:
+            if options.json:
+                emit({"rotated": done, "failed": {name: str(error)}})
+            raise Exit(SOME_FAILED, f"{name}: {error}; its old host key stays") from error
+        if not options.json:
+            print(f"{name}: {fingerprint(done[name])}, written to {place}")
+    if options.json:
+        emit({"rotated": done})
+
+
+def _rotate_one(options: Options, fleet: Fleet, name: str, place: Path, owner: str, window_s: int) -> str:
+    from provision.push import FACTS_S, dialer
+    from provision.ssh import GatewayError
+
+    common = {"do": "rekey", "owner": owner}
+    with dialer(fleet, options.directory)(name) as remote:
+        new: str = remote.ask({**common, "step": "make"}, deadline_s=FACTS_S)["public"]
+        request = {**common, "step": "use", "public": new, "window_s": window_s}
+        remote.ask(request, deadline_s=FACTS_S)
+    gateway = fleet.gateways[name].model_copy(update={"host_key": new})
+    changed = fleet.model_copy(update={"gateways": {**fleet.gateways, name: gateway}})
+    old = " ".join(fleet.gateways[name].host_key.split()[:2])
+    before = place.read_text()
+    # Written before it is kept: a tool that dies in between leaves a gateway that goes back by itself, and the old
+    # line in version control; the other way round the only copy of the new key would be lost.
+    _replace(place, before.replace(old, new))
+    try:
+        with dialer(changed, options.directory)(name) as remote:
+            remote.ask({**common, "step": "keep"}, deadline_s=FACTS_S)
+    except GatewayError:
+        _replace(place, before)
+        raise
+    return new
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.chmod(path.stat().st_mode & 0o777)
+    new.replace(path)
+
+
+def fingerprint(key: str) -> str:
     import base64
     import hashlib
 

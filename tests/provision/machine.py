@@ -103,7 +103,7 @@ class FakeMachine(Machine):
                 return 0, ""
         raise AssertionError(argv)
 
-    def arm(self, identity: str) -> None:
+    def arm(self, identity: str, verb: str = "undo") -> None:
         if "systemd-run" in self.broken:
             raise Refused("failed", "no units today")
         self.armed.append(identity)

@@ -30,6 +30,7 @@ FAKES = {
 verb=$1; shift
 while [ -e "$FAKE/wait" ]; do sleep 0.05; done
 echo "systemctl $verb $*" >> "$FAKE/calls"
+[ "$verb $*" = "reload ssh.service" ] && kill -HUP "$(cat "$FAKE/../sshd.pid")"
 for unit in "$@"; do
     [ -e "$FAKE/fail-$unit" ] && { echo "$unit failed"; exit 1; }
     case $verb in
@@ -111,7 +112,9 @@ def running(home: Path, name: str = "gw1") -> Iterator[Gateway]:
     for program, text in FAKES.items():
         (bin_ / program).write_text(f"#!/bin/sh\n{text}\n")
         (bin_ / program).chmod(0o755)
-    host_key, user_key = make_key(home / "host"), make_key(home / "user")
+    shown = home / "identity"
+    shown.mkdir()
+    host_key, user_key = make_key(shown / "ssh_host_ed25519_key"), make_key(home / "user")
     (home / "authorized_keys").write_text(f"{user_key}\n")
     gateway = Gateway(name, home, free_port(), host_key, home / "user")
     environment = {
@@ -119,6 +122,8 @@ def running(home: Path, name: str = "gw1") -> Iterator[Gateway]:
         "FAKE": fake,
         "DSNAT_ROOT": gateway.root,
         "DSNAT_UPDATES": home / "updates",
+        "DSNAT_IDENTITY": shown,
+        "DSNAT_KEPT": home / "kept",
         "DSNAT_SOCKET": home / "control.sock",
     }
     words = [
@@ -131,7 +136,7 @@ def running(home: Path, name: str = "gw1") -> Iterator[Gateway]:
         f"""\
 Port {gateway.port}
 ListenAddress 127.0.0.1
-HostKey {home}/host
+HostKey {shown}/ssh_host_ed25519_key
 PidFile {home}/sshd.pid
 AuthorizedKeysFile {home}/authorized_keys
 StrictModes no

@@ -267,3 +267,38 @@ def test_a_part_of_an_image_is_streamed_and_counts_only_when_it_is_whole(gateway
         assert not (gateway.home / "updates" / name).exists()
         remote.ask({**request, "sha256": hashlib.sha256(data).hexdigest()}, deadline_s=30, stream=pieces)
     assert (gateway.home / "updates" / name).read_bytes() == data
+
+
+def test_a_host_key_is_rotated_shown_and_written_into_the_file(gateway: Gateway) -> None:
+    file = fleet(gateway)
+    text = run(file, "keys", "rotate", "--yes")
+    assert f"written to {file}" in text
+    assert gateway.host_key not in file.read_text()
+    assert "as pinned" in run(file, "keys", "--check")
+    assert "rekeyed" in run(file, "history")
+    assert (gateway.home / "kept/rotated").exists()
+    again = file.read_text()
+    run(file, "keys", "rotate", "--yes")
+    assert file.read_text() != again
+    assert (gateway.home / "kept/replaces").read_text().strip() == gateway.host_key
+
+
+def test_a_host_key_that_nobody_keeps_is_undone(gateway: Gateway) -> None:
+    with connect(gateway) as remote:
+        new = remote.ask({"do": "rekey", "step": "make", "owner": "alice"}, deadline_s=10)["public"]
+        request = {"do": "rekey", "step": "use", "owner": "alice", "public": new, "window_s": 5}
+        remote.ask(request, deadline_s=10)
+        with pytest.raises(AgentRefused, match="kept by a new connection"):
+            remote.ask({"do": "rekey", "step": "keep", "owner": "alice"}, deadline_s=10)
+    end = time.monotonic() + 30
+    while True:
+        try:
+            with connect(gateway) as remote:
+                remote.ask({"do": "status"}, deadline_s=10)
+            break
+        except HostKeyMismatch:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+    with connect(gateway) as remote, pytest.raises(AgentRefused, match="the old one is shown again"):
+        remote.ask({"do": "rekey", "step": "keep", "owner": "alice"}, deadline_s=10)
+    assert not (gateway.home / "kept/rotated").exists()
