@@ -116,8 +116,8 @@ def _rotate_one(options: Options, fleet: Fleet, name: str, place: Path, owner: s
     changed = fleet.model_copy(update={"gateways": {**fleet.gateways, name: gateway}})
     old = " ".join(fleet.gateways[name].host_key.split()[:2])
     before = place.read_text()
-    # Written before it is kept: a tool that dies in between leaves a gateway that goes back by itself, and the old
-    # line in version control; the other way round the only copy of the new key would be lost.
+    # Written before it is kept: when the tool dies in between, the gateway goes back by itself and version
+    # control has the old line; the other way round the only copy of the new key would be lost.
     _replace(place, before.replace(old, new))
     try:
         with dialer(changed, options.directory)(name) as remote:
