@@ -43,6 +43,7 @@
 #include "ctl/config.h"
 #include "ctl/export.h"
 #include "ctl/facts.h"
+#include "ctl/journal.h"
 #include "ctl/log.h"
 #include "ctl/pcp_server.h"
 #include "ctl/route.h"
@@ -583,10 +584,16 @@ static void follow_port_control(struct daemon *d)
 		say(why);
 }
 
-static void say_event(void *context, const char *line)
+static void say_line(void *context, const char *line)
 {
 	(void)context;
 	say(line);
+}
+
+static void say_event(void *context, const struct log_line *line)
+{
+	if (!journal_send(line))
+		say_line(context, line->text);
 }
 
 /* ---- rules of ours that somebody else changed ---- */
@@ -647,7 +654,7 @@ static void tick(struct daemon *d)
 	watchdog(d);
 	rivals(d);
 	log_drain(&d->log, d->ops, say_event, NULL);
-	export_tell(d->nat_log, say_event, NULL);
+	export_tell(d->nat_log, say_line, NULL);
 	route_refresh(d->route);
 	if (d->eal)
 		twins_mend(&d->twins, say);

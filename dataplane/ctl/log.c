@@ -66,10 +66,8 @@ static void write_block(char *line, const struct nat_event *event, const char *p
 		 taken ? "took" : "gave back", event->port_first, event->port_last, address);
 }
 
-static void write_line(char *line, const struct request_ops *ops, const struct nat_event *event)
+static void write_line(char *line, const struct nat_event *event, const char *pool)
 {
-	const char *pool = pool_name(ops, event->pool_id);
-
 	switch ((enum nat_event_kind)event->kind) {
 	case NAT_EVENT_BLOCK_TAKEN:
 	case NAT_EVENT_BLOCK_FREED:
@@ -89,8 +87,8 @@ static void write_line(char *line, const struct request_ops *ops, const struct n
 	write_refusal(line, event, pool);
 }
 
-void log_drain(struct log *log, const struct request_ops *ops, void (*say)(void *context, const char *line),
-	       void *context)
+void log_drain(struct log *log, const struct request_ops *ops,
+	       void (*say)(void *context, const struct log_line *line), void *context)
 {
 	char line[LOG_LINE_BYTES];
 	struct step step;
@@ -102,8 +100,9 @@ void log_drain(struct log *log, const struct request_ops *ops, void (*say)(void 
 			if (!ops->on_worker(ops->context, worker, copy_events, &step))
 				break;
 			for (uint32_t i = 0; i < step.n; i++) {
-				write_line(line, ops, &step.event[i]);
-				say(context, line);
+				const char *pool = pool_name(ops, step.event[i].pool_id);
+				write_line(line, &step.event[i], pool);
+				say(context, &(struct log_line){line, &step.event[i], pool});
 			}
 		} while (step.n == STEP_EVENTS);
 		if (step.lost <= log->lost[worker])
@@ -112,6 +111,6 @@ void log_drain(struct log *log, const struct request_ops *ops, void (*say)(void 
 			 "%" PRIu64 " lines of this log were lost: more happened than could be told",
 			 step.lost - log->lost[worker]);
 		log->lost[worker] = step.lost;
-		say(context, line);
+		say(context, &(struct log_line){.text = line});
 	}
 }

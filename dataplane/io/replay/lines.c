@@ -48,9 +48,9 @@ static const char *verdict_word(uint8_t verdict)
 	return words[verdict];
 }
 
-static void add_line(void *lines, const char *line)
+static void add_line(void *lines, const struct log_line *line)
 {
-	json_array_append_new(lines, json_string(line));
+	json_array_append_new(lines, json_string(line->text));
 }
 
 static void add_log(struct bench *bench, json_t *answer)
