@@ -12,13 +12,14 @@
 #                its MAC goes to a twin, a persistent multi-queue TAP with the interface's name. That the TAP is made
 #                here and not by dsnatd is why addresses, routes and VRRP survive a restart of dsnatd.
 #   the kernel   nothing may merge packets (gro, lro: a router must send what it got), and the queues' interrupts are
-#                spread over the cores of the NIC's NUMA node that are not isolated for workers.
+#                spread over the cores of the NIC's NUMA node that are not isolated for workers. Sending goes the
+#                same way (XPS); with fewer queues than such cores, what is received is spread by hash (RPS).
 # Never taken: the NIC of the management interface, the one that an SSH session to us comes in by, the last one left.
 #
 # Exit status: 0 done; 1 a NIC could not be set up (all others were); 2 wrong usage or configuration.
 set -u
 config=${DSNAT_CONFIG:-/etc/dsnat/dsnatd.yaml}
-state=/run/dsnat-nic
+state=${DSNAT_STATE:-/run/dsnat-nic}
 sys=${DSNAT_SYS:-/sys}
 verb=${1:-}
 failed=0
@@ -124,6 +125,7 @@ take() { # PCI address
 	[ "$verb" = plan ] && return 0
 	if [ "$(driver_of "$1")" != "$wanted" ]; then
 		driverctl --nosave unset-override "$1"
+		rm -f "$state/$1.mac"
 		fail "$1 could not be bound to $wanted and was given back to the kernel; dmesg says why"
 		return 1
 	fi
@@ -208,6 +210,40 @@ spread() { # kernel interface: queue n's interrupt to the n-th core, again from 
 	done
 }
 
+mask() { # cores -> the kernel's hexadecimal mask, in groups of 32 from the right
+	printf '%s\n' "$@" | awk '
+		{ if ($1 > top) top = $1; word[int($1 / 32)] += 2 ^ ($1 % 32) }
+		END { for (i = int(top / 32); i >= 0; i--) printf "%s%08x", (i < int(top / 32) ? "," : ""), word[i]; print "" }'
+}
+every() { # step, first, cores -> each step-th core from the first one on; more queues than cores share them again
+	step=$1 first=$2
+	shift 2
+	[ "$first" -lt $# ] || first=$((first % $#))
+	printf '%s\n' "$@" | awk -v step="$step" -v first="$first" '(NR - 1) % step == first'
+}
+steer() { # kernel interface
+	queues=$sys/class/net/$1/queues
+	n=$(ls -d "$queues"/rx-* 2>/dev/null | grep -c .)
+	[ "$n" -gt 0 ] || return 0
+	set -- $(housekeeping "$1")
+	rps=0
+	[ "$n" -ge $# ] || rps=$(mask "$@")
+	for queue in "$queues"/rx-*; do
+		same "$rps" "$queue/rps_cpus" || write "$rps" "$queue/rps_cpus" 2>/dev/null || true
+	done
+	# A single queue has no choice, and the kernel refuses to be told.
+	n=$(ls -d "$queues"/tx-* 2>/dev/null | grep -c .)
+	[ "$n" -gt 1 ] || return 0
+	for queue in "$queues"/tx-*; do
+		[ -e "$queue/xps_cpus" ] || continue
+		xps=$(mask $(every "$n" "${queue##*-}" "$@"))
+		same "$xps" "$queue/xps_cpus" || write "$xps" "$queue/xps_cpus" 2>/dev/null || true
+	done
+}
+same() { # mask, file: equal but for zeros in front, which depend on how many cores the kernel was built for
+	[ "$(printf %s "$1" | tr -d , | sed 's/^0*//')" = "$(tr -d , < "$2" 2>/dev/null | sed 's/^0*//')" ]
+}
+
 # ---- verbs -------------------------------------------------------------------------------------------------------
 
 start() {
@@ -234,6 +270,7 @@ start() {
 keep() { # kernel interface
 	no_merging "$1"
 	spread "$1"
+	steer "$1"
 }
 
 watch() {

@@ -46,12 +46,13 @@ class Box:
         (self.top / "facts").write_text("".join(f"{line}\n" for line in lines))
         (self.top / "dsnatd.yaml").write_text("")
 
-    def plan(self) -> subprocess.CompletedProcess[str]:
+    def plan(self, verb: str = "plan") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["sh", str(NIC), "plan"],
+            ["sh", str(NIC), verb],
             env={
                 "PATH": f"{self.top / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
                 "DSNAT_SYS": str(self.sys),
+                "DSNAT_STATE": str(self.top / "state"),
                 "DSNAT_CONFIG": str(self.top / "dsnatd.yaml"),
             },
             capture_output=True,
@@ -158,6 +159,77 @@ def test_nothing_merges_packets_on_a_nic_that_the_kernel_keeps(box: Box) -> None
     for nic in ("mgmt0", "ens3", "ens4"):
         assert f"ethtool -K {nic} gro off" in done.stdout
         assert f"ethtool -K {nic} lro off" not in done.stdout, "it is off already, and fixed"
+
+
+def queues(box: Box, nic: str, number: int, *, cores: str) -> None:
+    node = box.sys / "devices/system/node/node0"
+    node.mkdir(parents=True, exist_ok=True)
+    (node / "cpulist").write_text(f"{cores}\n")
+    (box.sys / "class/net" / nic / "device/numa_node").write_text("0\n")
+    for queue in range(number):
+        for kind, file in (("rx", "rps_cpus"), ("tx", "xps_cpus")):
+            folder = box.sys / "class/net" / nic / f"queues/{kind}-{queue}"
+            folder.mkdir(parents=True)
+            (folder / file).write_text("00\n")
+
+
+def steering(box: Box) -> list[str]:
+    lines = [line for line in box.plan().stdout.splitlines() if "_cpus" in line]
+    return [f"{line.split()[1]} {'/'.join(Path(line.split()[3]).parts[-2:])}" for line in lines]
+
+
+def test_each_queue_sends_from_the_cores_that_its_interrupts_go_to(box: Box) -> None:
+    queues(box, "ens3", 4, cores="0-3")
+    box.facts("interface wg0 inside nfqueue -")
+    assert steering(box) == [f"0000000{1 << n} tx-{n}/xps_cpus" for n in range(4)]
+
+
+def test_with_fewer_queues_than_cores_received_packets_are_spread_by_hash(box: Box) -> None:
+    queues(box, "ens3", 2, cores="0-3")
+    box.facts("interface wg0 inside nfqueue -")
+    assert steering(box) == [
+        "0000000f rx-0/rps_cpus",
+        "0000000f rx-1/rps_cpus",
+        "00000005 tx-0/xps_cpus",
+        "0000000a tx-1/xps_cpus",
+    ]
+
+
+def test_cores_that_workers_have_for_themselves_get_no_interrupt_and_no_packet_of_the_kernel(
+    box: Box,
+) -> None:
+    queues(box, "ens3", 2, cores="0-3,32-33")
+    isolated = box.sys / "fs/cgroup/cpuset.cpus.isolated"
+    isolated.parent.mkdir(parents=True)
+    isolated.write_text("1-3\n")
+    box.facts("interface wg0 inside nfqueue -")
+    assert steering(box) == [
+        "00000003,00000001 rx-0/rps_cpus",
+        "00000003,00000001 rx-1/rps_cpus",
+        "00000002,00000001 tx-0/xps_cpus",
+        "00000001,00000000 tx-1/xps_cpus",
+    ]
+
+
+def test_steering_that_is_right_already_is_not_written_again(box: Box) -> None:
+    queues(box, "ens3", 2, cores="0-1")
+    for queue, mask in ((0, "1"), (1, "00,00000002")):
+        (box.sys / f"class/net/ens3/queues/tx-{queue}/xps_cpus").write_text(f"{mask}\n")
+    box.facts("interface wg0 inside nfqueue -")
+    assert steering(box) == []
+
+
+def test_a_nic_that_cannot_be_bound_is_given_back_to_the_kernel(box: Box, tmp_path: Path) -> None:
+    """`start`, not `plan`: driverctl says yes and nothing happens, as with a device that vfio refuses."""
+    log = tmp_path / "driverctl.log"
+    box.program("driverctl", f"echo $* >> {log}")
+    box.program("modprobe", "exit 0")
+    box.facts(f"interface inside0 inside dpdk {INSIDE}")
+    done = box.plan("start")
+    assert done.returncode == 1
+    assert f"{INSIDE} could not be bound to uio_pci_generic and was given back to the kernel" in done.stderr
+    assert log.read_text().splitlines()[-1] == f"--nosave unset-override {INSIDE}"
+    assert not (tmp_path / f"state/{INSIDE}.twin").exists()
 
 
 def test_a_wrong_verb_is_a_usage_error() -> None:
