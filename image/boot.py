@@ -195,11 +195,14 @@ class Machine:
     )
     iommu: bool = False  # True: vfio-pci in the guest; False: uio_pci_generic
     disk_gib: int = 4
+    disk: Path | None = None  # boot this disk or file and keep what is written; no overlay of `image`
+    management: bool = True  # False: no management NIC, nobody can log in
     reboot: bool = False  # False: QEMU ends when the guest reboots, so that a panic is seen
     outlive_us: bool = False
     extra: Sequence[str] = ()
     ssh_port: int = field(default=0, init=False)
     started: float = field(default=0.0, init=False)
+    _heard: bytes = field(default=b"", init=False)  # from the guest, not looked at yet
     _seen: int = field(default=0, init=False)  # of the console, at the last word of the guest
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _qmp: socket.socket | None = field(default=None, init=False)
@@ -228,23 +231,11 @@ class Machine:
         check_needs(self.image, firmware=self.firmware)
         self.folder.mkdir(parents=True, exist_ok=True)
         overlay = self.folder / "disk.qcow2"
-        overlay.unlink(missing_ok=True)
-        subprocess.run(
-            [
-                "qemu-img",
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-F",
-                "raw",
-                "-b",
-                str(self.image.resolve()),
-                str(overlay),
-                f"{self.disk_gib}G",
-            ],
-            check=True,
-        )
+        if self.disk is None:
+            overlay.unlink(missing_ok=True)
+            backing = ("-F", "raw", "-b", str(self.image.resolve()))
+            argv = ("qemu-img", "create", "-q", "-f", "qcow2", *backing, str(overlay), f"{self.disk_gib}G")
+            subprocess.run(argv, check=True)
         self.serial.write_bytes(b"")
         with contextlib.ExitStack() as undo:
             self._qmp, qmp_end = socket.socketpair()
@@ -274,7 +265,8 @@ class Machine:
             ready_end.close()
             self._qmp.settimeout(30)
             self._handshake()
-            self.ssh_port = self._forwarded_port()
+            if self.management:
+                self.ssh_port = self._forwarded_port()
             self._undo = undo.pop_all()
 
     def _command(self, overlay: Path, qmp_fd: int, ready_fd: int) -> list[str]:
@@ -333,7 +325,10 @@ class Machine:
             command += ["-kernel", f"{stem}.vmlinuz", "-initrd", f"{stem}.initrd", "-append", line]
         command += [
             "-drive",
-            f"if=none,id=disk,file={overlay},format=qcow2,discard=unmap,cache=unsafe",
+            # what a guest has flushed to a disk that is kept survives the end of QEMU
+            f"if=none,id=disk,file={overlay},format=qcow2,discard=unmap,cache=unsafe"
+            if self.disk is None
+            else f"if=none,id=disk,file={self.disk},format=raw,discard=unmap,cache=writeback",
             "-device",
             "virtio-blk-pci,drive=disk,bootindex=1,addr=0x11",
             "-device",
@@ -342,13 +337,12 @@ class Machine:
             f"socket,id=ready,fd={ready_fd}",
             "-device",
             f"virtserialport,chardev=ready,name={READY_PORT}",
-            "-netdev",
-            "user,id=mgmt,restrict=on,hostfwd=tcp:127.0.0.1:0-:22",
-            "-device",
-            f"virtio-net-pci,netdev=mgmt,mac={MANAGEMENT_MAC},addr=0x2,romfile=",
             "-smbios",
             f"type=11,value=io.systemd.stub.kernel-cmdline-extra={EXTRA_COMMAND_LINE}",
         ]
+        if self.management:
+            command += ["-netdev", "user,id=mgmt,restrict=on,hostfwd=tcp:127.0.0.1:0-:22"]
+            command += ["-device", f"virtio-net-pci,netdev=mgmt,mac={MANAGEMENT_MAC},addr=0x2,romfile="]
         if self.identity is not None:
             for name, text in self.identity.credentials().items():
                 encoded = base64.b64encode(text.encode()).decode()
@@ -418,12 +412,13 @@ class Machine:
         assert self._ready is not None
         assert self._process is not None
         asked = last_progress = time.monotonic()
-        seen, line = self._seen, b""
+        seen = self._seen
         while True:
             if select.select([self._ready], [], [], 1.0)[0]:
-                line += self._ready.recv(65536)
-            if b"\n" in line:
-                report = json.loads(line.splitlines()[0])
+                self._heard += self._ready.recv(65536)
+            if b"\n" in self._heard:
+                line, _, self._heard = self._heard.partition(b"\n")
+                report = json.loads(line)
                 if not report["ready"]:
                     raise self._failure(f"the gateway is up but not well: {report['reason']}")
                 self._seen = len(self.console())
