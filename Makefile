@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 PYTEST := .venv/bin/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-unit test-net test-image lint fmt bench bench-gate rfc fuzz prove image audit boot flash clean
+.PHONY: help setup build demo test test-unit test-net test-image lint fmt bench bench-gate rfc fuzz prove image image-lock image-diff audit boot flash clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  %-11s %s\n",$$1,$$2}' $(MAKEFILE_LIST)
@@ -63,8 +63,14 @@ fuzz: setup .build/fuzz/build.ninja ## look for crashes in packets and configura
 .build/fuzz/build.ninja: $(FOLDERS)
 	@CC=clang meson setup $(if $(wildcard $@),--reconfigure) .build/fuzz dataplane --buildtype=debugoptimized -Dfuzz=true -Ddpdk=disabled -Db_sanitize=address,undefined -Db_lundef=false && touch $@
 
-image: setup ## build the gateway image into .build/image
-	@$(PYTHON) -m image.build
+image: setup ## build the gateway image into .build/image; FLAVOUR=generic for hardware, KEYS=folder signs it
+	@$(PYTHON) -m image.build $(if $(FLAVOUR),--profile $(FLAVOUR)) $(if $(KEYS),--keys $(KEYS))
+
+image-lock: setup ## write the packages of the built image, with their hashes, to image/packages.lock
+	@$(PYTHON) -m image.build --lock
+
+image-diff: setup ## what changed between two images: A=OLD.raw B=NEW.raw
+	@$(PYTHON) -m image.diff $(A) $(B)
 
 audit: setup ## inspect the built image: packages, size, units, keys
 	@$(PYTHON) -m image.audit

@@ -26,13 +26,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.dynamic import DynamicSection
-from elftools.elf.elffile import ELFFile
-from elftools.elf.gnuversions import GNUVerDefSection, GNUVerNeedSection
-from elftools.elf.sections import NoteSection, SymbolTableSection
-
-from image.build import BUILD, PROFILES, BuildError, Paths, image_path, tool
+from image.build import BUILD, PROFILES, BuildError, Paths, tool
+from image.elf import Elf, read_elf
 
 OURS = ("usr/bin/dsnatd", "usr/bin/dsnat-replay")
 LIBRARY_FOLDERS = ("usr/lib/x86_64-linux-gnu", "usr/lib", "usr/lib64", "usr/lib/x86_64-linux-gnu/systemd")
@@ -75,21 +70,14 @@ UNWANTED = (
     "usr/sbin/irqbalance",
 )
 ENABLED = (
-    *("bird", "chrony", "dbus-broker", "dsnat-failclosed", "dsnat-healthy", "dsnat-identity", "dsnat-nic"),
-    *(
-        "dsnat-metrics",
-        "dsnat-nic-watch",
-        "dsnat-unconfirmed",
-        "dsnatd",
-        "keepalived",
-        "ssh",
-        "systemd-network-generator",
-    ),
-    *("systemd-networkd",),
+    *("bird", "chrony", "dbus-broker", "dsnat-failclosed", "dsnat-generation", "dsnat-healthy"),
+    *("dsnat-identity", "dsnat-metrics", "dsnat-nic", "dsnat-nic-watch", "dsnat-unconfirmed", "dsnatd"),
+    *("keepalived", "ssh", "systemd-network-generator", "systemd-networkd"),
 )
 OUR_UNITS = (
     "dsnatd",
     "dsnat-failclosed",
+    "dsnat-generation",
     "dsnat-healthy",
     "dsnat-identity",
     "dsnat-metrics",
@@ -97,6 +85,23 @@ OUR_UNITS = (
     "dsnat-nic-watch",
     "dsnat-ready",
 )
+# The worst that `systemd-analyze security` may say, in tenths. SSH is not here: a session may do all.
+EXPOSURE = {
+    "dsnatd": 55,
+    "dsnat-failclosed": 50,
+    "dsnat-generation": 45,
+    "dsnat-healthy": 60,
+    "dsnat-identity": 62,
+    "dsnat-nic": 68,
+    "dsnat-nic-watch": 52,
+    "dsnat-ready": 55,
+    "dsnat-unconfirmed": 75,
+    "dsnat-announce": 55,
+    "dsnat-metrics": 25,
+    "keepalived": 56,
+    "bird": 56,
+    "chrony": 40,
+}
 DOWNLOAD_BYTES = 250_000_000
 SECRET = re.compile(rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----|openssh-key-v1\0")
 # Private libraries of Debian's own packages: on the read-only root, so nobody can put another one there.
@@ -115,118 +120,6 @@ class Report:
 
     def wrong(self, what: str) -> None:
         self.findings.append(what)
-
-
-# --- one ELF file ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Elf:
-    """The facts about one program or library that decide whether it is sound."""
-
-    path: str
-    kind: str = ""
-    pie: bool = False
-    relro: bool = False
-    bind_now: bool = False
-    executable_stack: bool = True
-    writable_code: bool = False
-    text_relocations: bool = False
-    runpath: str = ""
-    stack_protector: bool = False
-    fortified: int = 0
-    debug_link: bool = False
-    debug_info: bool = False
-    build_id: str = ""
-    isa: str = "baseline"
-    needed: tuple[str, ...] = ()
-    interpreter: bool = False
-    wants: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    defines: frozenset[str] = frozenset()
-
-
-def read_elf(path: Path, name: str) -> Elf | None:
-    """None for anything that is not a 64-bit program or library."""
-    with path.open("rb") as file:
-        if file.read(4) != b"\x7fELF":
-            return None
-        file.seek(0)
-        try:
-            elf = ELFFile(file)
-            if elf["e_type"] not in ("ET_DYN", "ET_EXEC") or elf.elfclass != 64:
-                return None
-            return _facts(elf, Elf(name, kind=elf["e_type"]))
-        except ELFError as error:
-            raise BuildError(f"{name} in the image is not a readable ELF file: {error}") from error
-
-
-def text_of(tag: object, name: str) -> str:
-    """pyelftools gives a tag the attributes that its kind has, which no type can say."""
-    return str(getattr(tag, name))
-
-
-def _facts(elf: ELFFile, facts: Elf) -> Elf:
-    for segment in elf.iter_segments():
-        match segment["p_type"]:
-            case "PT_GNU_RELRO":
-                facts.relro = True
-            case "PT_GNU_STACK":
-                facts.executable_stack = bool(segment["p_flags"] & 1)
-            case "PT_LOAD" if segment["p_flags"] & 3 == 3:
-                facts.writable_code = True
-            case "PT_INTERP":
-                facts.interpreter = True
-    needed = []
-    for section in elf.iter_sections():
-        if isinstance(section, DynamicSection):
-            for tag in section.iter_tags():
-                match tag.entry.d_tag:
-                    case "DT_NEEDED":
-                        needed.append(text_of(tag, "needed"))
-                    case "DT_RPATH" | "DT_RUNPATH":
-                        name = "rpath" if tag.entry.d_tag == "DT_RPATH" else "runpath"
-                        facts.runpath = text_of(tag, name)
-                    case "DT_TEXTREL":
-                        facts.text_relocations = True
-                    case "DT_BIND_NOW":
-                        facts.bind_now = True
-                    case "DT_FLAGS":
-                        facts.bind_now |= bool(tag.entry.d_val & 8)
-                        facts.text_relocations |= bool(tag.entry.d_val & 4)
-                    case "DT_FLAGS_1":
-                        facts.bind_now |= bool(tag.entry.d_val & 1)
-                        facts.pie = bool(tag.entry.d_val & 0x08000000)
-        elif isinstance(section, GNUVerNeedSection):
-            facts.wants = {
-                str(lib.name): tuple(str(aux.name) for aux in versions)
-                for lib, versions in section.iter_versions()
-            }
-        elif isinstance(section, GNUVerDefSection):
-            facts.defines = frozenset(str(next(iter(names)).name) for _, names in section.iter_versions())
-        elif isinstance(section, SymbolTableSection) and section.name == ".dynsym":
-            names = [symbol.name for symbol in section.iter_symbols()]
-            facts.stack_protector = "__stack_chk_fail" in names
-            facts.fortified = sum(
-                1 for symbol in names if symbol.endswith("_chk") and symbol != "__stack_chk_fail"
-            )
-        elif isinstance(section, NoteSection):
-            for note in section.iter_notes():
-                if note["n_type"] == "NT_GNU_BUILD_ID":
-                    facts.build_id = str(note["n_desc"])
-                elif note["n_type"] == "NT_GNU_PROPERTY_TYPE_0":
-                    facts.isa = _isa(note) or facts.isa
-        facts.debug_link |= section.name == ".gnu_debuglink"
-        facts.debug_info |= section.name.startswith((".debug_", ".zdebug_"))
-    facts.needed = tuple(needed)
-    return facts
-
-
-def _isa(note: object) -> str:
-    for entry in note["n_desc"]:  # type: ignore[index]  # pyelftools has no types for notes
-        if entry.pr_type == 0xC0008002:  # GNU_PROPERTY_X86_ISA_1_NEEDED
-            level = int(entry.pr_data)
-            return "baseline" if level <= 1 else f"x86-64-v{level.bit_length()}"
-    return ""
 
 
 # --- the root of the image ------------------------------------------------------------------------
@@ -270,24 +163,30 @@ class Root:
 
 def unpack(image: Path) -> Root:
     """Unpack the root partition, once per image."""
-    split = [path for path in image.parent.glob(f"{image.stem}.root-x86-64.*.raw")]
-    if len(split) != 1:
+    parts = list(image.parent.glob(f"{image.stem}.root-x86-64.*.raw.zst"))
+    if len(parts) != 1:
         raise BuildError(
             f"{image.parent} has no root partition beside the image; run `python -m image.build --force`",
             status=3,
         )
-    folder = BUILD / "audit" / split[0].name.removesuffix(".raw")
+    folder = BUILD / "audit" / parts[0].name.removesuffix(".raw.zst")
     if not folder.exists():
-        shutil.rmtree(BUILD / "audit", ignore_errors=True)
-        fresh = folder.with_suffix(".new")
+        fresh, raw = folder.with_suffix(".new"), folder.with_suffix(".raw")
         fresh.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            tool("fsck.erofs", f"--extract={fresh}", str(split[0])), capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            raise BuildError(
-                f"{split[0].name} cannot be unpacked: {(done.stdout + done.stderr).strip().splitlines()[-1]}"
+        for old in fresh.parent.glob(f"{image.stem}.root-*"):  # of earlier builds of this version
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        try:
+            subprocess.run(
+                ["zstd", "--quiet", "--sparse", "--decompress", str(parts[0]), "-o", str(raw)], check=True
             )
+            done = subprocess.run(
+                tool("fsck.erofs", f"--extract={fresh}", str(raw)), capture_output=True, text=True
+            )
+        finally:
+            raw.unlink(missing_ok=True)
+        if done.returncode != 0:
+            said = (done.stdout + done.stderr).strip().splitlines()[-1]
+            raise BuildError(f"{parts[0].name} cannot be unpacked: {said}")
         fresh.rename(folder)
     return Root(folder)
 
@@ -311,6 +210,7 @@ def check_elves(root: Root, report: Report) -> None:
             "no stack protector": strict and not elf.stack_protector,
             "no fortified function": strict and not elf.fortified,
             "no build id": not elf.build_id and strict,
+            f"it needs a processor of {elf.isa}": strict and elf.isa != "baseline",
             "no link to its debug symbols": strict and not elf.debug_link,
             "debug symbols are in it": strict and elf.debug_info,
         }
@@ -432,6 +332,41 @@ def check_units(root: Root, report: Report) -> None:
         report.wrong(f"systemd-analyze verify: {line.strip().removeprefix(str(root.path))}")
 
 
+def check_exposure(root: Root, report: Report) -> None:
+    """What a service could do if it were taken over, as systemd counts it: 0 nothing, 10 everything."""
+    scores = {}
+    for unit, bar in EXPOSURE.items():
+        argv = tool("systemd-analyze", "security", "--offline=yes", "--no-pager", f"--root={root.path}")
+        done = subprocess.run([*argv, f"{unit}.service"], capture_output=True, text=True)
+        match = re.search(r"Overall exposure level for \S+ ([\d.]+)", done.stdout)
+        if not match:
+            report.wrong(
+                f"{unit}.service: systemd-analyze security says nothing of it: {done.stderr.strip()}"
+            )
+            continue
+        scores[unit] = float(match[1])
+        if scores[unit] * 10 > bar:
+            report.wrong(f"{unit}.service: exposure {match[1]}, the bar is {bar / 10}; lock it up further")
+    report.facts["exposure"] = scores
+
+
+def check_trust(root: Root, image: Path, report: Report) -> None:
+    """An image with update keys has the public half only, and signed checksums beside it."""
+    ring = root.path / "usr/share/dsnat/updates.gpg"
+    trusted = root.path / "usr/lib/systemd/import-pubring.gpg"
+    if trusted.is_symlink() != ring.exists() or (trusted.exists() and not trusted.is_symlink()):
+        report.wrong(
+            "usr/lib/systemd/import-pubring.gpg: keys that this build was not given may sign updates"
+        )
+    if ring.exists():
+        # an OpenPGP secret key packet begins so, in the old and in the new format
+        if ring.read_bytes()[:1] in (b"\x94", b"\x95", b"\x97", b"\xc5"):
+            report.wrong("usr/share/dsnat/updates.gpg: the secret half of the update key is baked in")
+        if not (image.parent / "SHA256SUMS.gpg").exists():
+            report.wrong("SHA256SUMS.gpg is not beside the image, whose gateways will take no other")
+    report.facts["updates_signed"] = ring.exists()
+
+
 def check_size(image: Path, report: Report) -> None:
     download = Path(f"{image}.zst").stat().st_size
     uki = image.with_suffix(".efi").stat().st_size
@@ -442,8 +377,9 @@ def check_size(image: Path, report: Report) -> None:
         report.wrong(f"three UKIs of {uki / 1e6:.0f} MB do not fit the ESP; an update would fill it")
 
 
-def audit(profile: str) -> Report:
-    image = image_path(profile)
+def audit(profile: str, version: str = "") -> Report:
+    paths = Paths(profile, version)
+    image = paths.image
     if not image.exists():
         raise BuildError(f"{image} is not there; run `make image` first", status=3)
     report = Report(image.name)
@@ -454,19 +390,20 @@ def audit(profile: str) -> Report:
     check_libraries(root, report)
     check_drivers(root, report, profile)
     check_units(root, report)
-    (Paths(profile).output / "audit.json").write_text(
-        json.dumps(asdict(report), indent=1, default=list) + "\n"
-    )
+    check_exposure(root, report)
+    check_trust(root, image, report)
+    (paths.output / "audit.json").write_text(json.dumps(asdict(report), indent=1, default=list) + "\n")
     return report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m image.audit", description="Look into the built image.")
     parser.add_argument("--profile", choices=PROFILES, default="cloud", help="which built image")
+    parser.add_argument("--version", default="", help="one that was built with --version")
     parser.add_argument("--debug", action="store_true", help="show a traceback")
     options = parser.parse_args(arguments)
     try:
-        report = audit(options.profile)
+        report = audit(options.profile, options.version)
     except BuildError as error:
         if options.debug:
             raise
@@ -479,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"audit: {report.image}: {report.facts['elf_files']} programs and libraries, "
         f"{sizes['download'] / 1e6:.0f} MB to download, {len(report.findings)} findings; "
-        f"details in {Paths(options.profile).output / 'audit.json'}"
+        f"details in {Paths(options.profile, options.version).output / 'audit.json'}"
     )
     return 1 if report.findings else 0
 

@@ -1,4 +1,4 @@
-"""Build the gateway image: `python -m image.build [--profile generic] [--force]`.
+"""Build the gateway image: `python -m image.build [--profile generic] [--force] [--keys FOLDER]`.
 
 What happens, in order:
 
@@ -7,7 +7,10 @@ What happens, in order:
    runs, so the versions on the build machine do not matter. Its packages come from the machine's own
    sources (aptsources.py);
 3. mkosi builds the image out of mkosi.conf and image/, under .build/ only;
-4. beside the image: a zstd copy to publish, a block map to flash by, the package manifest, SHA256SUMS.
+4. the packages that went in are compared with packages.lock (lock.py): a difference is said, and with
+   --locked it is a failure;
+5. beside the image: a zstd copy to publish, a block map to flash by, the package manifest, SHA256SUMS, and
+   with --keys its signature (keys.py).
 
 The hash of everything that goes in is kept beside the result: when nothing changed, nothing is built. Time
 stamps are not looked at, a fresh clone with a copied .build/ is up to date.
@@ -33,12 +36,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image.aptsources import KEYRING, Source, SourcesError, debian_sources, transport_options
+from image.keys import Keys, KeysError
+from image.lock import LockError, compare, packages_of, read_lock, write_lock
 from image.sbom import write_sbom
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / ".build"
 TOOLS = BUILD / "tools"
 RELEASE = "trixie"
+LOCK = ROOT / "image/packages.lock"
+ARCHIVES = BUILD / "cache/packages/cache/apt/archives"  # the .deb files of the last builds
 MKOSI_VERSION = "25.3"  # later versions only warn about unknown settings, and renamed some of ours
 
 # apt suggests far more; this is what mkosi 25 runs for this image, what flash.py needs, and an editor of
@@ -54,6 +61,7 @@ INPUTS = (
     "mkosi.conf",
     "image/mkosi.*",
     "image/nic.sh",
+    "image/slots.sh",
     "image/aptsources.py",
     "dataplane",
     "provision/agent",
@@ -76,15 +84,21 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Paths:
-    """Where one profile keeps its results. Profiles do not share caches: mkosi would evict one for the
-    other.
+    """Where one profile keeps its results, and another version than mkosi.conf's (a test's) its own.
+    Profiles do not share caches: mkosi would evict one for the other.
     """
 
     profile: str
+    version: str = ""
 
     @property
     def output(self) -> Path:
-        return BUILD / ("image" if self.profile == "cloud" else f"image-{self.profile}")
+        parts = ("image", *([self.profile] if self.profile != "cloud" else []), *filter(None, [self.version]))
+        return BUILD / "-".join(parts)
+
+    @property
+    def image(self) -> Path:
+        return self.output / f"gateway_{self.version or version()}.raw"
 
     @property
     def log(self) -> Path:
@@ -108,7 +122,7 @@ def version() -> str:
 
 
 def image_path(profile: str = "cloud") -> Path:
-    return Paths(profile).output / f"gateway_{version()}.raw"
+    return Paths(profile).image
 
 
 # --- needs ----------------------------------------------------------------------------------------
@@ -257,11 +271,11 @@ def input_files() -> Iterator[Path]:
                     yield path
 
 
-def inputs_hash(profile: str) -> str:
+def inputs_hash(profile: str, more: str = "") -> str:
     """Content, names and execute bits of all that goes in. Not the packages: --force asks the archive
     again.
     """
-    digest = hashlib.sha256(f"{profile}\n{RELEASE}\n{TOOLS_PACKAGES}\n".encode())
+    digest = hashlib.sha256(f"{profile}\n{RELEASE}\n{TOOLS_PACKAGES}\n{more}".encode())
     for path in input_files():
         digest.update(f"{path.relative_to(ROOT)} {os.access(path, os.X_OK)}\n".encode())
         digest.update(str(path.readlink()).encode() if path.is_symlink() else path.read_bytes())
@@ -295,8 +309,8 @@ def workspace() -> Path:
     return top
 
 
-def mkosi_command(profile: str, *verb: str) -> list[str]:
-    paths = Paths(profile)
+def mkosi_command(paths: Paths, keys: Keys | None, *verb: str) -> list[str]:
+    profile = paths.profile
     caches = BUILD / "cache" / profile
     packages = BUILD / "cache/packages"
     for folder in (paths.output, caches / "trees", caches / "build", packages):
@@ -315,6 +329,8 @@ def mkosi_command(profile: str, *verb: str) -> list[str]:
         f"--build-dir={caches / 'build'}",
         f"--package-cache-dir={packages}",
         *(["--profile", profile] if profile != "cloud" else []),
+        *([f"--image-version={paths.version}"] if paths.version else []),
+        *([f"--extra-tree={BUILD / 'keys'}", *keys.mkosi_options()] if keys else []),
         *verb,
     ]
 
@@ -323,11 +339,10 @@ def mkosi_env() -> dict[str, str]:
     return {"PYTHONPATH": str(TOOLS / "usr/lib/python3/dist-packages"), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def run_mkosi(profile: str, *, refresh: bool) -> None:
-    paths = Paths(profile)
+def run_mkosi(paths: Paths, keys: Keys | None, *, refresh: bool) -> None:
     stages = re.compile(r"^\S*‣ +(?:\x1b\[[0-9;]*m)*((?!Using|Loading|Unlinking|Removing|Copying).{4,90})")
     run_logged(
-        mkosi_command(profile, "-ff" if refresh else "-f", "build"),
+        mkosi_command(paths, keys, "-ff" if refresh else "-f", "build"),
         paths.log,
         what="mkosi",
         stages=stages,
@@ -346,19 +361,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def publish(paths: Paths) -> list[str]:
+def publish(paths: Paths, keys: Keys | None) -> list[str]:
     """Beside the image: what one downloads (zstd), flashes by (block map), and checks both with
-    (SHA256SUMS).
+    (SHA256SUMS and its signature).
     """
-    image = image_path(paths.profile)
+    image = paths.image
     subprocess.run(["zstd", "--quiet", "--force", "-6", "-T0", str(image), "-o", f"{image}.zst"], check=True)
     stem = image.name.removesuffix(".raw")
-    for part in paths.output.glob(f"{stem}.root-*.raw"):  # what an update sends
-        subprocess.run(["zstd", "--quiet", "--force", "-3", "-T0", str(part)], check=True)
+    for part in paths.output.glob(f"{stem}.root-*.raw"):  # what an update sends, in one form only
+        subprocess.run(["zstd", "--quiet", "--force", "--rm", "-3", "-T0", str(part)], check=True)
     subprocess.run(
         ["bmaptool", "--quiet", "create", "-o", str(image.with_suffix(".bmap")), str(image)], check=True
     )
-    write_sbom(image.with_suffix(".manifest"), version(), RELEASE, image.with_suffix(".cdx.json"))
+    write_sbom(
+        image.with_suffix(".manifest"), paths.version or version(), RELEASE, image.with_suffix(".cdx.json")
+    )
     files = sorted(
         path
         for path in paths.output.iterdir()
@@ -368,7 +385,8 @@ def publish(paths: Paths) -> list[str]:
     )
     sums = paths.output / "SHA256SUMS"
     sums.write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
-    return [path.name for path in files] + [sums.name]
+    signature = keys.sign(sums) if keys else None
+    return [path.name for path in (*files, sums, *filter(None, [signature]))]
 
 
 def clear_outputs(paths: Paths) -> None:
@@ -384,11 +402,20 @@ def clear_outputs(paths: Paths) -> None:
                 path.unlink()
 
 
-def build(profile: str = "cloud", *, force: bool = False) -> Path:
+def build(
+    profile: str = "cloud",
+    *,
+    force: bool = False,
+    version: str = "",
+    keys: Keys | None = None,
+    locked: bool = False,
+) -> Path:
     """The image's path, built if anything that goes in has changed since the last time."""
-    paths = Paths(profile)
-    wanted = inputs_hash(profile)
-    image = image_path(profile)
+    paths = Paths(profile, version)
+    if keys:
+        keys.check()
+    wanted = inputs_hash(profile, f"{version} {keys.fingerprint() if keys else ''}".strip())
+    image = paths.image
     if not force and up_to_date(paths, wanted):
         say(f"{image.relative_to(ROOT)} is up to date")
         return image
@@ -398,8 +425,13 @@ def build(profile: str = "cloud", *, force: bool = False) -> Path:
     paths.log.write_text("")
     ensure_tools(paths.log)
     clear_outputs(paths)
-    run_mkosi(profile, refresh=force)
-    files = publish(paths)
+    if keys:
+        shutil.rmtree(BUILD / "keys", ignore_errors=True)
+        (BUILD / "keys").mkdir()
+        keys.public_tree(BUILD / "keys")
+    run_mkosi(paths, keys, refresh=force)
+    check_lock(paths, locked=locked)
+    files = publish(paths, keys)
     seconds = round(time.monotonic() - start)
     paths.stamp.write_text(
         json.dumps({"inputs": wanted, "seconds": seconds, "files": files}, indent=1) + "\n"
@@ -407,6 +439,22 @@ def build(profile: str = "cloud", *, force: bool = False) -> Path:
     size = Path(f"{image}.zst").stat().st_size
     say(f"built {image.relative_to(ROOT)} in {seconds} s; {size / 1e6:.0f} MB to download")
     return image
+
+
+def check_lock(paths: Paths, *, locked: bool) -> None:
+    """Are the packages those of packages.lock? Archives move on, so a difference stops a release only."""
+    differences = compare(
+        read_lock(LOCK), packages_of(paths.image.with_suffix(".manifest"), ARCHIVES), paths.profile
+    )
+    if not differences:
+        say("every package is the one of image/packages.lock")
+    elif locked:
+        raise BuildError(
+            "packages differ from image/packages.lock; build from an archive of its day, or look at what "
+            "changed and run `make image-lock`:\n" + "\n".join(f"    {line}" for line in differences)
+        )
+    else:
+        say(f"{len(differences)} packages differ from image/packages.lock, such as: {differences[0]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -423,18 +471,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tools-only", action="store_true", help="only make the tools tree (make setup does this)"
     )
+    parser.add_argument("--version", default="", help="build as this version, into a folder of its own")
+    parser.add_argument("--keys", type=Path, metavar="FOLDER", help="sign with these keys; see keys.py")
+    parser.add_argument(
+        "--locked", action="store_true", help="fail when a package is not the one of packages.lock"
+    )
+    parser.add_argument(
+        "--lock", action="store_true", help="write the packages of the built image to packages.lock"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback")
     options = parser.parse_args(arguments)
     try:
         if options.tools_only:
             check_needs()
             ensure_tools(BUILD / "tools.log")
+        elif options.lock:
+            image = build(options.profile)
+            write_lock(
+                LOCK, read_lock(LOCK), packages_of(image.with_suffix(".manifest"), ARCHIVES), options.profile
+            )
+            say(f"{LOCK.relative_to(ROOT)} is that of {image.name}; look at the difference and commit it")
         else:
-            build(options.profile, force=options.force)
+            build(
+                options.profile,
+                force=options.force,
+                version=options.version,
+                keys=Keys(options.keys) if options.keys else None,
+                locked=options.locked,
+            )
     except KeyboardInterrupt:
         print("image: interrupted; nothing is left running, run it again", file=sys.stderr)
         return 130
-    except (BuildError, SourcesError) as error:
+    except (BuildError, SourcesError, KeysError, LockError) as error:
         if options.debug:
             raise
         print(f"image: {error}", file=sys.stderr)

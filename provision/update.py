@@ -1,7 +1,8 @@
 """A new image for a gateway: its files over SSH into the idle slot, a restart, and the look whether it came
 up.
 
-The gateway writes the slot with systemd-sysupdate and counts its boots: an image that does not get well
+SHA256SUMS and its signature go along: an image that was built with keys writes only what they signed. The
+gateway writes the slot with `dsnat-image update` and counts its boots: an image that does not get well
 is left by itself after three tries, for the one before it. So the result here is read, not assumed: the
 version that runs after the restart says whether the update is good. Pairs go as in a push: the backup
 first; a master hands over before it restarts. A gateway alone is away for as long as it takes to boot.
@@ -25,7 +26,7 @@ from provision.ssh import GatewayError, LostInFlight, Unreachable
 CHUNK = 1 << 20
 SEND_S = 1800.0
 WRITE_S = 900.0
-BOOT_S = 600.0  # three tries of an image that fails, and the one before it
+BOOT_S = 1500.0  # three tries of an image that fails, five minutes each, and the one before it
 PAUSE_S = 2.0
 
 
@@ -80,6 +81,9 @@ def find_image(directory: Path, version: str | None = None) -> Image:
         if sums.get(path.name, sha256.hexdigest()) != sha256.hexdigest():
             raise BadImage(f"{path} is not what SHA256SUMS says; build or fetch it again")
         files.append(ImageFile(path, path.stat().st_size, sha256.hexdigest()))
+    for path in (directory / "SHA256SUMS", directory / "SHA256SUMS.gpg"):
+        if path.exists():
+            files.append(ImageFile(path, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()))
     return Image(version, tuple(files))
 
 

@@ -35,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--talking", type=int, default=20, help="connections through the pair that talk all the time"
     )
     parser.addoption("--kills", type=int, default=300, help="how often the engine is killed under load")
+    parser.addoption(
+        "--scenarios", action="store_true", help="also the long boots: updates, NIC models, faults"
+    )
     parser.addoption("--hybrid-seconds", type=float, default=10, help="how long 200 clients talk at once")
     parser.addoption("--log-sessions", type=int, default=10_000, help="sessions that collectors are told of")
     parser.addoption("--log-rate", type=int, default=5_000, help="of them in a second")
@@ -47,7 +50,9 @@ def ring(item: pytest.Item) -> str:
     return next((name for name in ("image", "net") if item.get_closest_marker(name)), "unit")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--scenarios"):
+        items[:] = [item for item in items if not item.get_closest_marker("scenario")]
     for item in items:
         name = ring(item)
         if name == "unit":

@@ -16,7 +16,7 @@ packages=(
 	gcc libc6-dev meson ninja-build pkgconf libdpdk-dev libyaml-dev libjansson-dev libmnl-dev libnetfilter-queue-dev
 	libnftables-dev libpcap-dev libsodium-dev libsystemd-dev clang libclang-rt-dev z3
 	# the image: mkosi itself comes in its own tools tree
-	mmdebstrap debian-archive-keyring binutils bmap-tools zstd qemu-system-x86 qemu-utils ovmf
+	mmdebstrap debian-archive-keyring binutils bmap-tools zstd qemu-system-x86 qemu-utils ovmf gpg gpg-agent openssl fdisk
 	# the Python tools
 	python3 python3-venv ca-certificates
 	# the proof: namespaces, real clients and servers

@@ -11,7 +11,8 @@ from .protocol import Json, Refused, line_in, number_in
 from .state import State
 from .undo import alone
 
-UPDATE_FILES = r"gateway_[0-9A-Za-z.~+-]{1,64}\.(efi|root-x86-64(-verity)?\.[0-9a-f]{32}\.raw(\.zst)?)"
+PARTS = r"gateway_[0-9A-Za-z.~+-]{1,64}\.(efi|root-x86-64(-verity)?\.[0-9a-f]{32}\.raw(\.zst)?)"
+UPDATE_FILES = rf"{PARTS}|SHA256SUMS(\.gpg)?"
 
 
 def receive(state: State, request: Json) -> Json:
@@ -49,13 +50,12 @@ def update(state: State, request: Json) -> Json:
     if not re.fullmatch(r"[0-9A-Za-z.~+-]{1,64}", version):
         raise Refused("usage", f"{version!r} is not a version")
     with alone(state, request):
-        status, text = state.machine.run(["systemd-sysupdate", "update", version], 850.0)
-        if status == 0:
-            status, text = state.machine.run(["systemd-sysupdate", "list", version], 60.0)
-        for part in state.machine.updates.glob(f"gateway_{version}.*"):
-            part.unlink()
+        status, text = state.machine.run(["dsnat-image", "update", version], 850.0)
+        for pattern in (f"gateway_{version}.*", "SHA256SUMS*"):
+            for part in state.machine.updates.glob(pattern):
+                part.unlink()
         if status != 0:
-            raise Refused("failed", f"systemd-sysupdate could not write {version}: {text}")
+            raise Refused("failed", f"{version} was not written: {text}")
         state.machine.log(f"image {version} written owner={request['owner']}")
         return {"version": version}
 

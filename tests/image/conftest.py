@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from image.boot import MANAGEMENT_MAC, Machine, Nic, Ready, one_boot_at_a_time
+from image.boot import MANAGEMENT_MAC, Machine, Nic, Ready, one_boot_at_a_time, open_tap
 from image.identity import make_identity
 from tests.lab import Lab, Netns, new_lab
 
@@ -40,18 +41,55 @@ class Gateway:
         return done.stdout
 
 
-def wired(lab: Lab) -> tuple[Netns, Netns, list[Nic]]:
+CONFIG = f"""\
+engine: {{workers: 1, max_sessions: 100000}}
+interfaces:
+  - {{name: inside0, role: inside, path: dpdk, device: "{INSIDE}"}}
+  - {{name: outside0, role: outside, path: dpdk, device: "{OUTSIDE}"}}
+pools:
+  - {{name: laddr_g1, addresses: [203.0.113.1-203.0.113.4]}}
+zones:
+  - {{source: 100.64.0.0/16, pool: laddr_g1}}
+"""
+NETWORK = "[Match]\nName={}\n\n[Network]\nConfigureWithoutCarrier=yes\nLinkLocalAddressing=no\nAddress={}\n"
+
+
+def configure(gateway: Gateway) -> None:
+    """By hand here; that the fleet tool does it is the demo's and the fleet's own test."""
+    folder = "/var/lib/dsnat/generations/1"
+    inside = NETWORK.format("inside0", "100.64.0.2/24")
+    outside = NETWORK.format("outside0", "198.51.100.2/24")
+    gateway(
+        f"mkdir -p {folder}/network && cat > {folder}/dsnatd.yaml <<'X'\n{CONFIG}X\n"
+        f"cat > {folder}/network/20-inside0.network <<'X'\n{inside}X\n"
+        f"cat > {folder}/network/21-outside0.network <<'X'\n{outside}X\n"
+        "ln -sfn 1 /var/lib/dsnat/generations/current "
+        "&& systemctl reload-or-restart dsnat-failclosed dsnat-nic "
+        "&& networkctl reload && systemctl restart dsnatd",
+        timeout_s=600,
+    )
+
+
+def wired(lab: Lab, *, model: str = "virtio-net-pci", queues: int = 1) -> tuple[Netns, Netns, list[Nic]]:
     client, middle, server = (lab.netns(side) for side in ("client", "wires", "server"))
     nics = []
     for number, (space, tap) in enumerate(((client, "in0"), (server, "out0"))):
         lab.wire(space, "eth0", middle, f"to-{tap}")
-        nics.append(Nic((middle.open_tap(tap),), f"52:54:00:d5:00:0{3 + number}"))
+        fds = taps(middle, tap, queues) if queues > 1 else (middle.open_tap(tap),)
+        nics.append(Nic(fds, f"52:54:00:d5:00:0{3 + number}", model))
         lab.bridge(middle, f"br-{tap}", f"to-{tap}", tap)
     client.ip("address add 100.64.0.10/24 dev eth0")
     client.ip("route add default via 100.64.0.2")
     server.ip("address add 198.51.100.10/24 dev eth0")
     server.ip("route add 203.0.113.0/24 via 198.51.100.2")
     return client, server, nics
+
+
+def taps(space: Netns, name: str, queues: int) -> tuple[int, ...]:
+    fds = space.inside(lambda: open_tap(name, queues=queues))
+    for fd in fds:
+        space.lab.undo.callback(os.close, fd)
+    return fds
 
 
 @pytest.fixture(scope="session")

@@ -10,23 +10,11 @@ import pytest
 
 from image import audit
 from image.build import Paths, tool
-from tests.image.conftest import INSIDE, OUTSIDE, Gateway
+from image.elf import read_elf
+from tests.image.conftest import CONFIG, INSIDE, OUTSIDE, Gateway, configure
 from tests.lab import run, wait_until
 
 pytestmark = pytest.mark.image
-
-CONFIG = f"""\
-engine: {{workers: 1, max_sessions: 100000}}
-interfaces:
-  - {{name: inside0, role: inside, path: dpdk, device: "{INSIDE}"}}
-  - {{name: outside0, role: outside, path: dpdk, device: "{OUTSIDE}"}}
-pools:
-  - {{name: laddr_g1, addresses: [203.0.113.1-203.0.113.4]}}
-zones:
-  - {{source: 100.64.0.0/16, pool: laddr_g1}}
-"""
-NETWORK = "[Match]\nName={}\n\n[Network]\nConfigureWithoutCarrier=yes\nLinkLocalAddressing=no\nAddress={}\n"
-
 
 # ---- without booting
 
@@ -67,7 +55,7 @@ def test_the_engines_unit_is_locked_up_as_far_as_dpdk_allows(built: Path) -> Non
 def test_debug_symbols_are_beside_the_image_and_fit_the_engine(built: Path) -> None:
     facts = json.loads((Paths("cloud").output / "audit.json").read_text())["facts"]["ours"]
     for program in ("dsnatd", "dsnat-replay"):
-        symbols = audit.read_elf(built.parent / f"{program}.debug", program)
+        symbols = read_elf(built.parent / f"{program}.debug", program)
         assert symbols is not None
         assert symbols.build_id == facts[f"usr/bin/{program}"]["build_id"]
 
@@ -130,19 +118,7 @@ def test_the_management_nic_is_never_given_to_the_engine(gateway: Gateway) -> No
 
 
 def test_the_engine_drives_the_nics_and_translates(gateway: Gateway) -> None:
-    """Configured by hand here; that the fleet tool does it is the demo's and the fleet's own test."""
-    folder = "/var/lib/dsnat/generations/1"
-    inside = NETWORK.format("inside0", "100.64.0.2/24")
-    outside = NETWORK.format("outside0", "198.51.100.2/24")
-    gateway(
-        f"mkdir -p {folder}/network && cat > {folder}/dsnatd.yaml <<'X'\n{CONFIG}X\n"
-        f"cat > {folder}/network/20-inside0.network <<'X'\n{inside}X\n"
-        f"cat > {folder}/network/21-outside0.network <<'X'\n{outside}X\n"
-        "ln -sfn 1 /var/lib/dsnat/generations/current "
-        "&& systemctl reload-or-restart dsnat-failclosed dsnat-nic "
-        "&& networkctl reload && systemctl restart dsnatd",
-        timeout_s=300,
-    )
+    configure(gateway)
     for device in (INSIDE, OUTSIDE):
         assert (
             gateway(f"basename $(readlink /sys/bus/pci/devices/{device}/driver)").strip() == "uio_pci_generic"

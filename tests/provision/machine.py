@@ -87,15 +87,14 @@ class FakeMachine(Machine):
                 return 0, ""
             case ["systemctl", verb, unit]:
                 return self._service(verb, unit.removesuffix(".service"))
-            case ["systemd-sysupdate", "update", version]:
+            case ["dsnat-image", "update", version]:
                 parts = sorted(
-                    path.name.removeprefix(f"gateway_{version}.")[:4] for path in self.updates.iterdir()
+                    path.name.removeprefix(f"gateway_{version}.")[:4]
+                    for path in self.updates.glob("gateway_*")
                 )
                 if parts != ["efi", "root", "root"]:
                     return 1, "parts are missing"
                 self.written = version
-                return 0, ""
-            case ["systemd-sysupdate", "list", _]:
                 return 0, ""
             case ["uptime"]:
                 return 0, "up 1 day"

@@ -50,7 +50,14 @@ def update(lab: Lab, folder: Path) -> Result:
 def test_the_parts_of_one_version_are_found_compressed_ones_first(folder: Path) -> None:
     image = find_image(folder)
     assert image.version == "0.2.0"
-    assert {file.path.name for file in image.files} == set(PARTS)
+    assert {file.path.name for file in image.files} == {*PARTS, "SHA256SUMS"}
+
+
+def test_a_signature_goes_along_for_gateways_that_want_one(lab: Lab, folder: Path) -> None:
+    (folder / "SHA256SUMS.gpg").write_bytes(b"signed")
+    assert "SHA256SUMS.gpg" in {file.path.name for file in find_image(folder).files}
+    assert update(lab, folder).outcome == "confirmed"
+    assert list(lab.machines["gw1"].updates.iterdir()) == []
 
 
 def test_a_part_that_is_not_what_its_sum_says_is_not_sent(folder: Path) -> None:
@@ -93,7 +100,7 @@ def test_a_gateway_that_does_not_come_back_is_a_failure(lab: Lab, folder: Path) 
     lab.fault = fault
     result = update(lab, folder)
     assert result.outcome == "failed"
-    assert "not well 600 s after the restart: no route" in result.text
+    assert "not well 1500 s after the restart: no route" in result.text
 
 
 def test_a_part_that_did_not_arrive_whole_leaves_nothing(tmp_path: Path) -> None:
