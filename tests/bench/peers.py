@@ -69,6 +69,7 @@ BYTES_PER_SESSION = {VPP: 640, LINUX: 256}
 GOAL_PACKET = {10_000: 70, 1_000_000: 110, 4_000_000: 130, 8_000_000: 150}
 GOAL_NEW_SESSION = {1_000_000: 350}
 GOAL_BYTES = 96
+GOAL_FLOOD_PERCENT = 20  # established traffic beside a SYN flood
 
 
 def cycles(peer: str, what: str, sessions: int) -> float | None:

@@ -76,6 +76,8 @@ def measure(sizes: tuple[int, ...], *, rounds: int, windows: int, plain: bool) -
         if number == 0:
             yield run_program("--only", "stages", "--sessions", stages, *common)
             yield run_program("--only", "expiry", "--sessions", listed, *common)
+            yield run_program("--only", "latency", "--sessions", stages, *common)
+            yield run_program("--only", "flood", "--sessions", stages, *common)
         yield run_program("--only", "allocation", "--sessions", "1", *common)
 
 
@@ -151,6 +153,29 @@ def allocation_table(rows: dict[tuple[str, int, int], Row]) -> str:
     head = ["ports used", *(f"of {what.split('.')[2].removeprefix('on_')} addresses" for what in kinds)]
     uses = sorted({used for _, used in found})
     return table(head, [[f"{used} %", *(figure(found.get((what, used))) for what in kinds)] for used in uses])
+
+
+def others_table(rows: dict[tuple[str, int, int], Row]) -> str:
+    """What is in the way of known sessions: new ones, those whose time is over, a SYN flood."""
+    head = ["sessions", "a burst of 32", "p50 us", "p99 us", "p99.9 us"]
+    names = {
+        "core.latency.udp": "known sessions",
+        "core.latency_beside_new.udp": "every other burst all new",
+        "core.latency_beside_expiry.udp": "all others' time is over",
+    }
+    body = []
+    for (what, sessions, _), row in rows.items():
+        if what in names:
+            figures = [f"{row[name]:.2f}" for name in ("p50_us", "p99_us", "p999_us")]
+            body.append([picture.short(sessions), names[what], *figures])
+    floods = [
+        f"half of each burst a SYN flood, {picture.short(sessions)} sessions: a known packet costs"
+        f" {row['flooded_median']:.0f} cycles instead of {row['alone_median']:.0f}"
+        f" ({row['slowed_percent']:+.0f} %, median; goal {peers.GOAL_FLOOD_PERCENT:+d} % at most)"
+        for (what, sessions, _), row in rows.items()
+        if what == "core.syn_flood.tcp"
+    ]
+    return "\n".join([table(head, body), *floods])
 
 
 def peer_rows() -> list[Row]:
@@ -234,6 +259,10 @@ def main() -> int:
     print(f"\nstages, with about 2 cycles of measuring in each\n{stage_table(by_key)}")
     print(
         f"\nfinding a port when most towards one remote are used, whole session\n{allocation_table(by_key)}"
+    )
+    print(
+        f"\nfrom receive to transmit call, best window (p99.9 of a busy machine is its scheduler's)\n"
+        f"{others_table(by_key)}"
     )
     OUT.mkdir(parents=True, exist_ok=True)
     bench = [{**facts.row(), "busy_share": round(busy, 2)}, *rows, *peer_rows()]

@@ -2,7 +2,7 @@
  * table.
  *
  *     dsnat-bench [--sessions N[,N...]] [--windows N] [--rings N] [--seed N] [--plain-pages] [--only PART]
- *     PART: packets, new, stages, expiry, allocation
+ *     PART: packets, new, stages, latency, flood, expiry, allocation
  *
  * Figures are cycles of the time stamp counter, per packet or, for new_session, allocation and expiry, per
  * session: minimum and median over the windows. Each window of inside_to_outside is followed by one of
@@ -96,6 +96,48 @@ static void print_stages(const struct options *options, struct load *load, uint8
 	}
 }
 
+static void print_latency(const struct options *options, struct load *load)
+{
+	static const char *const name[] = {"latency", "latency_beside_new", "latency_beside_expiry"};
+	const double us = 1e6 / measure_tsc_hz();
+
+	for (enum shape shape = SHAPE_KNOWN; shape <= SHAPE_OVER; shape++) {
+		struct latency least = {0};
+		for (uint32_t window = 0; window < (shape == SHAPE_OVER ? 1 : options->windows); window++) {
+			const struct latency one =
+				measure_latency(load, shape, shape == SHAPE_OVER ? 100 : 20000);
+			if (window == 0 || one.p99 < least.p99)
+				least = one;
+		}
+		printf("{\"what\": \"core.%s.%s\", \"sessions\": %llu, \"p50_us\": %.2f, \"p99_us\": %.2f, "
+		       "\"p999_us\": %.2f, \"burst\": %u, \"windows\": %u}\n",
+		       name[shape], protocol_name(load->protocol), (unsigned long long)load->n_flows,
+		       least.p50 * us, least.p99 * us, least.p999 * us, BURST, options->windows);
+	}
+	fflush(stdout);
+}
+
+/* A difference of two figures has no minimum that means anything: medians, and the median of the windows' ratios. */
+static void print_flood(const struct options *options, struct load *load)
+{
+	static struct figure alone, flooded, slowed;
+
+	alone.n = flooded.n = slowed.n = 0;
+	for (uint32_t window = 0; window < options->windows; window++) {
+		double one, other;
+		measure_flood(load, options->rings, &one, &other);
+		figure_add(&alone, one);
+		figure_add(&flooded, other);
+		figure_add(&slowed, 100 * (other / one - 1));
+	}
+	printf("{\"what\": \"core.syn_flood.%s\", \"sessions\": %llu, \"alone_median\": %.1f, "
+	       "\"flooded_median\": "
+	       "%.1f, \"slowed_percent\": %.1f, \"windows\": %u, \"pages\": \"%s\"}\n",
+	       protocol_name(load->protocol), (unsigned long long)load->n_flows, figure_median(&alone),
+	       figure_median(&flooded), figure_median(&slowed), slowed.n, page_name(load->pages));
+	fflush(stdout);
+}
+
 static bool run_size(const struct options *options, uint8_t protocol, uint64_t sessions)
 {
 	static struct figure outbound, inbound, new, expiry;
@@ -125,6 +167,10 @@ static bool run_size(const struct options *options, uint8_t protocol, uint64_t s
 		print_stages(options, &load, OUTSIDE, false);
 		print_stages(options, &load, INSIDE, true);
 	}
+	if (wanted(options, "flood") && protocol == NAT_PROTO_TCP)
+		print_flood(options, &load);
+	if (wanted(options, "latency") && protocol == NAT_PROTO_UDP)
+		print_latency(options, &load);
 	if (wanted(options, "expiry") && sessions >= 10000) {
 		measure_expiry(&load, &expiry);
 		print_row("expiry", &load, sessions, &expiry, "");
@@ -163,7 +209,7 @@ static int usage(const char *what)
 		"dsnat-bench: %s\n"
 		"usage: dsnat-bench [--sessions N[,N...]] [--windows 1-%u] [--rings N] [--seed N] "
 		"[--plain-pages]\n"
-		"                   [--only packets|new|stages|expiry|allocation]\n",
+		"                   [--only packets|new|stages|latency|flood|expiry|allocation]\n",
 		what, WINDOWS_MAX);
 	return 2;
 }

@@ -247,3 +247,87 @@ void measure_expiry(struct load *load, struct figure *figure)
 		figure_add(figure, (double)(cycles() - from) / (double)(before - counters->sessions));
 	}
 }
+
+/* ---- others in the way ---- */
+
+static double at_share(const double *sorted, uint32_t n, double share)
+{
+	const uint32_t i = (uint32_t)(share * n);
+
+	return sorted[i < n ? i : n - 1];
+}
+
+struct latency measure_latency(struct load *load, enum shape shape, uint32_t bursts)
+{
+	static double spent[1u << 16];
+	static uint32_t record[BURST];
+	struct nat_pkt pkt[BURST];
+	uint32_t n = 0;
+	const uint64_t chance = load->chance;
+
+	if (shape ==
+	    SHAPE_OVER) { /* one ring of flows is heard of after 200 s, the others are over after 350 */
+		load->now_ns += UINT64_C(200000000000);
+		load_ring(load, INSIDE);
+		for (uint32_t at = 0; at < RING; at += BURST)
+			load_burst(load, at, INSIDE, pkt);
+		load->now_ns += UINT64_C(150000000000);
+	}
+	for (uint32_t burst = 0; n < bursts && n < 1u << 16; burst++) {
+		const bool new = shape == SHAPE_NEW &&burst % 2;
+		if (shape == SHAPE_OVER)
+			load->chance = chance; /* the same flows again */
+		if (burst % (RING / BURST) == 0)
+			load_ring(load, INSIDE);
+		const uint32_t at = burst % (RING / BURST) * BURST;
+		for (uint32_t i = 0; i < BURST && new; i++)
+			load_frame(load, at + i, load->n_flows + i, INSIDE, true);
+		const uint64_t from = cycles();
+		load_burst(load, at, INSIDE, pkt);
+		spent[n++] = (double)(cycles() - from);
+		for (uint32_t i = 0; i < BURST; i++)
+			record[i] = pkt[i].session;
+		for (uint32_t i = 0; i < BURST && new; i++)
+			nat_engine_clear(load->engine, record[i]);
+	}
+	qsort(spent, n, sizeof(spent[0]), compare);
+	return (struct latency){at_share(spent, n, 0.5), at_share(spent, n, 0.99), at_share(spent, n, 0.999)};
+}
+
+/* One ring of `known` packets in each burst, the rest new; what it took, in cycles per burst. */
+static double flooded_ring(struct load *load, uint32_t known)
+{
+	static uint32_t record[RING];
+	struct nat_pkt pkt[BURST];
+	uint64_t spent = 0;
+
+	load_ring(load, INSIDE);
+	for (uint32_t i = 0; i < RING; i++)
+		if (i % BURST >= known)
+			load_frame(load, i, load->n_flows + i, INSIDE, true);
+	const uint64_t from = cycles();
+	for (uint32_t at = 0; at < RING; at += BURST) {
+		load_burst(load, at, INSIDE, pkt);
+		for (uint32_t i = 0; i < BURST; i++)
+			record[at + i] = pkt[i].session;
+	}
+	spent = cycles() - from;
+	for (uint32_t i = 0; i < RING; i++)
+		if (i % BURST >= known && record[i] != NAT_NO_SESSION)
+			nat_engine_clear(load->engine, record[i]);
+	return (double)spent / (RING / BURST);
+}
+
+void measure_flood(struct load *load, uint32_t n_rings, double *alone, double *flooded)
+{
+	static struct rings all, none, half;
+
+	all.n = none.n = half.n = 0;
+	for (uint32_t ring = 0; ring < n_rings && ring < RINGS_MAX; ring++) {
+		all.value[all.n++] = flooded_ring(load, BURST);
+		none.value[none.n++] = flooded_ring(load, 0);
+		half.value[half.n++] = flooded_ring(load, BURST / 2);
+	}
+	*alone = rings_median(&all) / BURST;
+	*flooded = (rings_median(&half) - rings_median(&none) / 2) / (BURST / 2);
+}
