@@ -25,7 +25,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define NAT_PORT_WORDS  1024u /* 65536 ports in words of 64 */
+#ifndef NAT_PORT_WORDS       /* a proof needs fewer */
+#define NAT_PORT_WORDS 1024u /* 65536 ports in words of 64 */
+#endif
 #define NAT_PORT_PROBES 8u
 #define NAT_PORT_TRIES  256u /* of one probe, for a port that leads back to this worker */
 #define NAT_ALIKE_WORDS 32u  /* looked at for a port of the wanted parity and class */

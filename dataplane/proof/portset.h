@@ -68,6 +68,7 @@ static void any_set(struct nat_engine *engine, struct nat_policy *policy, struct
 	policy->n_statics = (forwarded[0] | forwarded[1]) != 0;
 	engine->policy = policy;
 	engine->record = &one_record;
+	engine->workers = NULL; /* one worker: all ports are its own */
 	assume(agrees(set));
 }
 

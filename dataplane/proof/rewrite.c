@@ -1,7 +1,8 @@
 /* Bounds: no byte outside a packet is read or written, and of the packet only the fields of a translation.
  *
  * The packet is an object of exactly its length, filled with any bytes; what parse.c leaves unsettled is rewritten with any
- * session, in any direction. Sums are any number here (csum.c proves them), but the bytes under a sum must be there.
+ * session, in any direction. Sums are any number here, the same each time (csum.c proves them), but the bytes under a sum
+ * must be there.
  */
 #undef __SSE2__
 #include "proof.h"
@@ -31,10 +32,11 @@ static void put32(uint8_t *p, uint32_t v)
 	put16(p + 2, (uint16_t)(v >> 16));
 }
 
+static uint16_t the_sum;
 static uint16_t any_sum(const uint8_t *p, size_t n)
 {
 	assert(n == 0 || __CPROVER_r_ok(p, n));
-	return nondet_u16();
+	return the_sum;
 }
 
 #define nat_get16                get16
@@ -47,10 +49,11 @@ static uint16_t any_sum(const uint8_t *p, size_t n)
 
 #include "../core/engine.h"
 #include "../core/icmp.c"
+#include "../core/known.c"
 #include "../core/parse.c"
 #include "../core/rewrite.c"
 
-#define PACKET_BYTES_MAX 84u
+#define PACKET_BYTES_MAX 64u
 
 /* What rewriting calls elsewhere touches no packet. */
 uint32_t nat_policy_zone(const struct nat_policy *policy, uint32_t source, uint32_t destination)
@@ -83,6 +86,7 @@ static struct nat_engine engine = {.policy = &policy, .record = &session};
 
 static struct nat_pkt any_packet(void)
 {
+	the_sum = nondet_u16();
 	const uint32_t bytes = nondet_u8();
 	assume(bytes >= 1 && bytes <= PACKET_BYTES_MAX);
 	struct nat_pkt pkt = {.l3 = malloc(bytes), .len_bytes = bytes, .flags = nondet_u16()};
@@ -130,13 +134,13 @@ static bool in_range(unsigned at, unsigned first, unsigned count)
 
 /* Claim: parsing touches no byte outside the packet and writes none; what it leaves unsettled has the headers of
  * its protocol within its total length, which is within the packet.
- * For: every packet of 1 to 84 bytes.
- * cbmc: --unwind 42 */
+ * For: every packet of 1 to 44 bytes, so up to 24 bytes of IP options.
+ * cbmc: --unwind 26 */
 void proof_parse(void)
 {
 	struct nat_pkt pkt = any_packet();
 	const uint32_t at = nondet_u8();
-	assume(at < pkt.len_bytes);
+	assume(pkt.len_bytes <= 44 && at < pkt.len_bytes);
 	const uint8_t before = pkt.l3[at];
 
 	parse_one(&pkt);
@@ -155,13 +159,14 @@ static struct nat_pkt any_parsed_packet(void)
 	pkt.tcp_flags = nondet_u8();
 	pkt.stage_flags = nondet_u8();
 	pkt.tuple.protocol = nondet_u8();
+	pkt.guess = nondet_u32();
 	assume(is_sound(&pkt) && !(pkt.stage_flags & NAT_STAGE_LATER));
 	return pkt;
 }
 
 /* Claim: rewriting a packet that parsing has left touches no byte outside it, and changes only TTL, the
  * identification of a fragment, the address, port or identifier of one end, and checksums.
- * For: every TCP, UDP and ICMP query packet of 20 to 84 bytes, fragments too, both directions, every session; no MSS
+ * For: every TCP, UDP and ICMP query packet of 20 to 64 bytes, fragments too, both directions, every session; no MSS
  * to be lowered (which is the next claim).
  * cbmc: --unwind 2 */
 void proof_rewrite(void)
@@ -187,6 +192,27 @@ void proof_rewrite(void)
 	       in_range(at, inbound ? NAT_IP_DESTINATION : NAT_IP_SOURCE, 4) ||
 	       ((pkt.stage_flags & NAT_STAGE_FRAGMENT) && in_range(at, NAT_IP_ID, 2)) ||
 	       in_range(at, l4 + port, 2) || in_range(at, l4 + checksum, 2));
+}
+
+/* Claim: a packet of a known session that known.c takes is changed in TTL, one address, one port and checksums, and
+ * nothing outside it is touched.
+ * For: every packet of 20 to 64 bytes that is_plain() admits, both directions, every session.
+ * cbmc: --unwind 2 */
+void proof_known(void)
+{
+	struct nat_pkt pkt = any_parsed_packet();
+	const unsigned at = nondet_u8();
+	assume(at < pkt.len_bytes && is_plain(&pkt));
+	const bool inbound = nat_is_inbound(&pkt);
+	const uint8_t before = pkt.l3[at];
+
+	translate(&pkt, nondet_u32(), nondet_u16(), inbound);
+	const unsigned l4 = pkt.l4_offset,
+		       checksum = pkt.tuple.protocol == NAT_PROTO_TCP ? NAT_TCP_CHECKSUM : NAT_UDP_CHECKSUM,
+		       port = inbound ? NAT_L4_DESTINATION_PORT : NAT_L4_SOURCE_PORT;
+	assert(pkt.l3[at] == before || at == NAT_IP_TTL || in_range(at, NAT_IP_CHECKSUM, 2) ||
+	       in_range(at, inbound ? NAT_IP_DESTINATION : NAT_IP_SOURCE, 4) || in_range(at, l4 + port, 2) ||
+	       in_range(at, l4 + checksum, 2));
 }
 
 /* Claim: lowering the MSS touches no byte outside the TCP segment, and changes only its checksum and bytes among its
@@ -218,22 +244,23 @@ void proof_clamp_mss(void)
 
 /* Claim: reading and rewriting an ICMP error touches no byte outside the packet; of the error TTL, both addresses and
  * checksums change, of the packet that it quotes one address, one port or identifier, and checksums.
- * For: every error of 56 bytes without IP options, with whatever it quotes and however long that says it is, both
+ * For: every error of 68 bytes without IP options, with whatever it quotes and however long that says it is, both
  * directions, every session.
- * cbmc: --unwind 57 */
+ * cbmc: --unwind 69 --max-field-sensitivity-array-size 128 */
 void proof_icmp_error(void)
 {
-	static uint8_t bytes[56];
+	static uint8_t bytes[68];
 	const unsigned at = nondet_u8();
 	struct nat_pkt pkt = {.l3 = bytes,
-			      .len_bytes = 56,
-			      .total_bytes = 56,
+			      .len_bytes = 68,
+			      .total_bytes = 68,
 			      .l4_offset = NAT_IP_HEADER_BYTES,
-			      .l4_bytes = 56 - NAT_IP_HEADER_BYTES,
+			      .l4_bytes = 68 - NAT_IP_HEADER_BYTES,
 			      .stage_flags = nondet_u8(),
 			      .flags = nondet_u16(),
 			      .tuple = {.protocol = NAT_PROTO_ICMP}};
 	assume(at < pkt.len_bytes);
+	the_sum = nondet_u16();
 	for (unsigned i = 0; i < pkt.len_bytes; i++)
 		bytes[i] = nondet_u8();
 	any_session();
