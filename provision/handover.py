@@ -53,10 +53,14 @@ def drain(
         raise NoHandOver(f"its peer {peer} is not well (see status); nothing was handed over")
     ask(name, {"do": "drain", "on": True})
     end = now() + HAND_OVER_S
-    while now() < end:
-        if Running(peer, ask(peer, {"do": "facts", "shows": []})).holds(addresses) == len(addresses):
-            return f"{peer} has the VRRP addresses now"
-        nap(PAUSE_S)
+    try:
+        while now() < end:
+            if Running(peer, ask(peer, {"do": "facts", "shows": []})).holds(addresses) == len(addresses):
+                return f"{peer} has the VRRP addresses now"
+            nap(PAUSE_S)
+    except KeyboardInterrupt:  # half handed over is not a state to leave behind
+        ask(name, {"do": "drain", "on": False})
+        raise
     ask(name, {"do": "drain", "on": False})
     raise NoHandOver(
         f"{peer} did not take the addresses within {HAND_OVER_S:.0f} s; the hand-over was undone"

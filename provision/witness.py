@@ -61,6 +61,10 @@ def witnesses(fleet: Fleet, before: Running, rendered: Rendered, dial: Dial) -> 
         if bool(mine) == bool(theirs):
             who = "both of the pair hold" if mine else "neither of the pair holds"
             return f"{who} the VRRP addresses"
+        copied = running.facts.get("engine", {}).get("sync", {})
+        was = before.facts.get("engine", {}).get("sync", {})
+        if was.get("in_sync") and copied.get("configured") and not copied.get("in_sync"):
+            return f"{name} and {peer} do not have the same sessions yet"
         return None
 
     return look

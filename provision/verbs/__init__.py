@@ -152,11 +152,22 @@ def report_missing(missing: Mapping[str, Result]) -> None:
 
 
 def each(names: Sequence[str], one: Callable[[str], T], options: Options) -> list[T]:
-    """`one` for every gateway, --jobs at a time, results in order."""
-    from concurrent.futures import ThreadPoolExecutor
+    """`one` for every gateway, --jobs at a time, results in order. Ctrl-C begins no further one and lets what
+    is in flight end: each in a known state.
+    """
+    from concurrent.futures import ThreadPoolExecutor, wait
 
     with ThreadPoolExecutor(max_workers=max(1, min(options.jobs, len(names) or 1))) as pool:
-        return list(pool.map(one, names))
+        futures = [pool.submit(one, name) for name in names]
+        try:
+            wait(futures)
+        except KeyboardInterrupt:
+            left = [name for name, future in zip(names, futures, strict=True) if future.cancel()]
+            wait(futures)
+            begun = ", ".join(name for name in names if name not in left) or "nobody"
+            text = f"interrupted; begun and ended: {begun}; not begun: {', '.join(left) or 'nobody'}"
+            raise Exit(INTERRUPTED, f"{text}; nothing is left armed (see status)") from None
+        return [future.result() for future in futures]
 
 
 def order_of(options: Options, plan_hash: str, window_s: int, *, confirm: bool) -> Order:
