@@ -63,6 +63,10 @@ def given_up(config: Json) -> Iterator[tuple[str, str, str]]:
         yield "refusal: icmp-admin", "RFC 6888 REQ-11B (asks for 3/1)", "RFC 5508 REQ-8 asks for 3/13"
     if config["refusal"] == "icmp-host":
         yield "refusal: icmp-host", "RFC 5508 REQ-8 (asks for 3/13)", "RFC 6888 REQ-11B asks for 3/1"
+    for collector in config["logging"]:
+        if collector["destinations"] == "on":
+            setting = f"logging: {collector['collector']}: destinations: on"
+            yield setting, "RFC 6888 REQ-12", "hosts that share a port at one time can be told apart"
 
 
 def lines(answer: Json) -> Iterator[str]:

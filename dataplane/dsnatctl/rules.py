@@ -155,6 +155,10 @@ class Rules:
     def _drop_unused(self, pool: str | None) -> None:
         if pool and all(zone.get("pool") != pool for zone in self.config["zones"]):
             self.config["pools"] = [one for one in self.config["pools"] if one["name"] != pool]
+            for collector in self.config["logging"]:
+                if "pools" in collector:
+                    collector["pools"] = [one for one in collector["pools"] if one != pool]
+            self.config["logging"] = [one for one in self.config["logging"] if one.get("pools", True)]
 
     def text(self) -> str:
         head = "# Changed by ipvsadm. dsnat-fleet calls this drift; put it into fleet.yaml to keep it.\n"

@@ -466,12 +466,14 @@ def test_rfc_says_what_the_settings_give_up(engine: Bench, ctl: Ctl, tmp_path: P
     (tmp_path / "dsnatd.yaml").write_text(
         CONFIG.replace("ports:", "mapping: endpoint-independent, ports:")
         + "timeouts: {tcp_established: 900s}\nlimits: {sessions_per_host: 100}\nrefusal: icmp-admin\n"
+        + "logging: [{protocol: ipfix, collector: 192.0.2.10, destinations: on}]\n"
     )
     assert ctl("reload")[0] == 0
     given_up = json.loads(ctl("rfc", "--json")[1])["given_up"]
     assert [one["setting"] for one in given_up] == [
         "timeouts: tcp_established: 900s",
         "refusal: icmp-admin",
+        "logging: 192.0.2.10:4739: destinations: on",
     ]
 
 

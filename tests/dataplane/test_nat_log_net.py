@@ -351,10 +351,17 @@ def test_rfc8158_log5_nfacctd_has_one_end_for_each_mapping(lab: Lab, program: Ca
 
 
 @pytest.mark.parametrize("transport", ["udp", "tcp"])
-def test_rsyslog_reads_every_line(lab: Lab, program: Callable[[str], Path], transport: str) -> None:
+def test_rsyslog_reads_every_line_from_the_reload_on_that_names_it(
+    lab: Lab, program: Callable[[str], Path], transport: str
+) -> None:
     text = rest(f'protocol: syslog, transport: {transport}, collector: "127.0.0.1:514"')
-    site = Site(lab, program("dsnatd"), text, 2000)
+    before, _, _ = text.partition("logging:")
+    site = Site(lab, program("dsnatd"), before, 2000)
+    assert site.gateway.show("counters")["nat_log"] == {"workers": [], "collectors": []}
     rsyslogd = Rsyslogd(site)
+    file = site.gateway.file
+    file.write_text(file.read_text() + text.removeprefix(before))
+    site.gateway.ask(cmd="reload")
     site.flood(2000, 2000)
     end = site.settle()
     truth = site.truth()
@@ -367,6 +374,9 @@ def test_rsyslog_reads_every_line(lab: Lab, program: Callable[[str], Path], tran
     assert rsyslogd.records("session-create") == truth
     assert rsyslogd.records("session-delete") == truth
     assert end["records_sent"] == end["told"] == 4000
+    file.write_text(file.read_text().removesuffix(text.removeprefix(before)))
+    site.gateway.ask(cmd="reload")
+    assert site.gateway.show("counters")["nat_log"]["collectors"] == []
     site.gateway.close()
 
 
