@@ -189,7 +189,7 @@ def workers(answer: Json) -> Iterator[str]:
     rows = []
     for w in answer["workers"]:
         if not w["answers"]:
-            rows.append((w["worker"], *("-" * 9), "does not answer"))
+            rows.append((w["worker"], *("-" * 10), "does not answer"))
             continue
         c = w["counters"]
         packets = w.get("packets", 0)
@@ -203,12 +203,23 @@ def workers(answer: Json) -> Iterator[str]:
                 c["dropped"],
                 c["sessions"],
                 f"{w['cycles'] / packets:.0f}" if packets and w.get("cycles") else "-",
+                f"{w['longest_job_ns'] / 1000:.0f} us" if w.get("longest_job_ns") else "-",
                 c["handed_over"],
                 c["taken_over"],
                 "" if w["equation"] else "equation broken",
             )
         )
-    head = ("worker", "core", "load", "received", "forwarded", "dropped", "sessions", "cycles/packet")
+    head = (
+        "worker",
+        "core",
+        "load",
+        "received",
+        "forwarded",
+        "dropped",
+        "sessions",
+        "cycles/packet",
+        "longest pause",
+    )
     yield from table((*head, "handed over", "taken over", ""), rows)
 
 

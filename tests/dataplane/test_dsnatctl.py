@@ -408,7 +408,7 @@ def test_the_shown_configuration_is_one_that_the_engine_takes(
     )
     missing = {key for key in keys if f"{key.split('.')[-1]}:" not in shown[0]} - {"profile"}
     assert not missing, "show config does not show these keys of the README, or EVERY_KEY does not set them"
-    for text in ("udp: 540s", "weight: 3", "inside_port: 2525", 'device: "0000:00:04.0"', "mss_clamp: 1400"):
+    for text in ("udp: 540s", "weight: 3", "inside_port: 2525", '"0000:00:04.0"', "mss_clamp: 1400"):
         assert text in shown[0]
 
 

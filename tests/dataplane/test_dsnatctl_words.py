@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import termios
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,6 +64,30 @@ def test_top_takes_rates_from_the_difference_of_two_samples(engine: Bench, path:
 def test_top_without_a_terminal_says_what_to_do(ctl: Ctl, engine: Bench) -> None:
     status, _, err = ctl("top")
     assert (status, "--once" in err) == (2, True)
+
+
+def test_top_is_a_live_screen_that_ends_with_q(engine: Bench, path: Path) -> None:
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+    there = os.environ | {"PYTHONPATH": str(Path(words.__file__).parents[1]), "TERM": "xterm"}
+    argv = [sys.executable, "-m", "dsnatctl", "top", "--seconds", "0.1", "--socket", str(path)]
+    live = subprocess.Popen(argv, stdin=terminal, stdout=terminal, stderr=terminal, env=there)
+    os.close(terminal)
+    shown = b""
+    while b"every packet accounted for" not in shown:  # else the end of the terminal is an OSError
+        shown += os.read(screen, 65536)
+    os.write(screen, b"q")
+    drain = threading.Thread(target=read_all, args=(screen,), daemon=True)
+    drain.start()
+    assert live.wait(20) == 0
+    assert b"q ends" in shown
+
+
+def read_all(screen: int) -> None:
+    with suppress(OSError):
+        while os.read(screen, 65536):
+            pass
+    os.close(screen)
 
 
 @pytest.mark.parametrize(

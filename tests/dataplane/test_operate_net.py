@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dsnatctl import explain
-from tests.gateway import INSIDE_ADDRESS, Gateway, config, new_gateway, ping
+from tests.gateway import INSIDE_ADDRESS, POOLS_AND_ZONES, Gateway, config, new_gateway, ping
 from tests.lab import Lab, wait_until
 from tests.traffic import CLIENT, SERVER
 
@@ -205,7 +205,8 @@ def test_listing_all_sessions_never_keeps_a_worker_from_packets_for_long(
     lab: Lab, program: Callable[[str], Path], request: pytest.FixtureRequest
 ) -> None:
     wanted = int(request.config.getoption("--sessions"))
-    gateway = new_gateway(lab, program("dsnatd"), config(sessions=wanted + 1000))
+    file = config(sessions=wanted + 1000, rest=f"{POOLS_AND_ZONES}timeouts: {{udp_one_way: 1h}}\n")
+    gateway = new_gateway(lab, program("dsnatd"), file)
     gateway.client.inside(lambda: flood(wanted))
     wait_until("the last packet", lambda: settled(gateway))
     there = gateway.show("counters")["counters"]["sessions"]
