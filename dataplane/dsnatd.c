@@ -60,6 +60,7 @@
 #include "io/nfqueue/nft.h"
 #include "io/nfqueue/queue.h"
 #include "io/rival.h"
+#include "io/standing.h"
 #include "io/thread.h"
 #include "version.h"
 
@@ -140,6 +141,8 @@ struct daemon {
 	struct pcp_server *port_control;        /* NULL: off */
 	struct announce announce;
 	struct rival rival[NAT_WORKERS_MAX];
+	struct standing standing;
+	bool translates;    /* all workers made rounds since the last look */
 	uint64_t connected; /* digest of the prefixes that announcements were made for */
 	int epoll_fd, signal_fd, tick_fd, announce_fd;
 	uint64_t started_ns, started_tsc, started_s, watchdog_us;
@@ -554,6 +557,7 @@ static void watchdog(struct daemon *d)
 	}
 	if (alive && d->watchdog_us)
 		sd_notify(0, "WATCHDOG=1");
+	d->translates = alive;
 }
 
 static bool watch(struct daemon *d, int fd, enum source source)
@@ -625,6 +629,13 @@ static void rules_mend(struct daemon *d)
 	}
 }
 
+static void follow_standing(struct daemon *d)
+{
+	struct sync_view view;
+
+	standing_follow(&d->standing, d->plan, on_sync(d, &view) ? &view : NULL, d->translates);
+}
+
 static void rivals(struct daemon *d)
 {
 	char why[256];
@@ -649,6 +660,7 @@ static void tick(struct daemon *d)
 	links(d);
 	rules_mend(d);
 	free_retired(d);
+	follow_standing(d);
 	if (++n % 10)
 		return;
 	watchdog(d);
@@ -932,6 +944,9 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	}
 	if ((status = open_sync(d)))
 		return status;
+	standing_open(&d->standing, d->options.socket, !strcmp(d->options.socket, DEFAULT_SOCKET));
+	d->translates = true;
+	follow_standing(d);
 	announce_again(d);
 	follow_port_control(d);
 	follow_logging(d);

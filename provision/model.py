@@ -527,7 +527,19 @@ class Service(Model):
 Weight = Annotated[int, Field(ge=0, le=100)]
 
 
+class Sync(Model):
+    """Both gateways of a pair hold the sessions of both; see "Two gateways" in dataplane/README.md."""
+
+    key: SecretRef
+    addresses: dict[Name, IPv4Address] = Field(
+        default={}, description="per gateway, on a link of their own; default: the management addresses"
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = 3781
+    hold_back: Duration | None = Field(default=None, description="what is over sooner is never told")
+
+
 class Pair(Service):
+    sync: Sync | None = None
     cluster: Name | None = Field(default=None, description="the pair is one member of this cluster")
     weight: Weight = 1
 

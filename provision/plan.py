@@ -175,7 +175,8 @@ def _file_change(name: str, rendered: Rendered, running: Running) -> FileChange:
 
 def shown(text: str) -> str:
     """As the agent shows its files: the passwords are not in a plan."""
-    return re.sub(r"(?m)^(\s*auth_pass\s+)\S.*$", r"\1(secret)", text)
+    text = re.sub(r"(?m)^(\s*auth_pass\s+)\S.*$", r"\1(secret)", text)
+    return re.sub(r"(?m)^[0-9a-fA-F]{64}$", "(secret)", text)  # the key of a pair
 
 
 def _impact(rendered: Rendered, running: Running, actions: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provision import slices
-from provision.model import Bfd, Bgp, Fleet, Gateway, Pool, Service, Vrrp, milliseconds
+from provision.model import Bfd, Bgp, Fleet, Gateway, Pair, Pool, Service, Sync, Vrrp, milliseconds
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,6 +32,7 @@ Secret = Callable[[str], str]
 
 ENGINE = "dsnatd.yaml"
 VRRP = "keepalived.conf"
+SYNC_KEY = "sync.key"
 BGP = "bird.conf"
 KEYS = "authorized_keys/root"
 MANAGEMENT = "network/10-management.network"
@@ -80,6 +81,15 @@ def render(fleet: Fleet, name: str, *, secret: Secret) -> Rendered:
             secrets.add(password)
         text = _keepalived(fleet, name, gateway, service.vrrp, password)
         files[VRRP] = File(text, 0o600 if password else 0o644)
+    sync = _sync_of(fleet, gateway)
+    if sync is not None:
+        key = secret(sync.key)
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", key):
+            raise RenderError(
+                f"{name}: {sync.key} is not the key of a pair; make one with: openssl rand -hex 32"
+            )
+        secrets.add(key)
+        files[SYNC_KEY] = File(f"{key}\n", 0o600)
     if service.bgp is not None:
         files[BGP] = File(_bird(fleet, name, gateway, service, service.bgp))
     for position, interface in enumerate(gateway.interfaces):
@@ -96,7 +106,7 @@ def render(fleet: Fleet, name: str, *, secret: Secret) -> Rendered:
     return Rendered(
         name,
         files,
-        _hardware(fleet, gateway, service),
+        _hardware(fleet, name, gateway, service),
         tuple(gateway.interfaces),
         tuple(str(address.ip) for instance in floating for address in instance.addresses),
         tuple(map(str, service.probes)),
@@ -170,7 +180,30 @@ def _engine(fleet: Fleet, name: str, gateway: Gateway, service: Service) -> str:
         limits=_given(service.limits or fleet.defaults.limits),
         timeouts=_given(service.timeouts or fleet.defaults.timeouts),
         logging=list(_collectors(fleet, service, own)),
+        sync=_sync(fleet, name, gateway),
     )
+
+
+def _sync_of(fleet: Fleet, gateway: Gateway) -> Sync | None:
+    pair = fleet.pairs.get(gateway.pair or "")
+    return pair.sync if isinstance(pair, Pair) else None
+
+
+def _sync(fleet: Fleet, name: str, gateway: Gateway) -> dict[str, object] | None:
+    """The section of dsnatd.yaml: our own end and the peer's."""
+    sync, peer = _sync_of(fleet, gateway), fleet.peer_of(name)
+    if sync is None or peer is None:
+        return None
+    ends = {}
+    for member in (name, peer):
+        address = sync.addresses.get(member) or fleet.gateways[member].management.address
+        try:
+            ends[member] = IPv4Address(address)
+        except ValueError:
+            raise RenderError(
+                f"{member}: {address} is not an IPv4 address; give the pair's sync one under addresses"
+            ) from None
+    return {"listen": ends[name], "peer": ends[peer], "port": sync.port, "hold_back": sync.hold_back}
 
 
 def _keepalived(fleet: Fleet, name: str, gateway: Gateway, vrrp: Vrrp, password: str | None) -> str:
@@ -290,13 +323,14 @@ def _own_address(gateway: Gateway, interface: str) -> str | None:
     return next((str(a.ip) for a in found.addresses), None) if found is not None else None
 
 
-def _hardware(fleet: Fleet, gateway: Gateway, service: Service) -> str:
+def _hardware(fleet: Fleet, name: str, gateway: Gateway, service: Service) -> str:
     """The engine takes all but this by a reload: ports, worker count and table size are made once, at its
     start.
     """
     engine = service.engine or fleet.defaults.engine
     made_once = {
         "engine": engine.model_dump(mode="json"),
+        **({"sync": list(map(str, sync.values()))} if (sync := _sync(fleet, name, gateway)) else {}),
         "interfaces": [
             [name, i.role, i.path, i.device, i.members, i.vlan, i.mtu]
             for name, i in gateway.interfaces.items()

@@ -8,6 +8,7 @@ age:PATH      from a file that `age` decrypts with the identity in DSNAT_AGE_IDE
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def vrrp_password(reference: str, directory: Path) -> str:
     if len(value) > 8 or not value.isalnum():
         raise SecretError(f"{reference}: a VRRP password has at most 8 letters and digits")
     return value
+
+
+def of_fleet(reference: str, directory: Path) -> str:
+    """What a fleet refers to: the key of a pair (64 hexadecimal digits), or a VRRP password."""
+    value = resolve(reference, directory)
+    if re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        return value
+    return vrrp_password(reference, directory)
 
 
 def _age(path: Path, reference: str) -> str:

@@ -12,7 +12,7 @@ PROTOCOL = 1
 VERSION = "0.1.0"
 REQUEST_MAX = 16 << 20
 FILE_NAMES = re.compile(
-    r"dsnatd\.yaml|keepalived\.conf|bird\.conf|network/[A-Za-z0-9_.-]{1,64}\.network"
+    r"dsnatd\.yaml|keepalived\.conf|bird\.conf|sync\.key|network/[A-Za-z0-9_.-]{1,64}\.network"
     r"|chrony/[a-z-]{1,32}\.sources|authorized_keys/[a-z][a-z0-9-]{0,30}"
 )
 
@@ -63,7 +63,8 @@ def files_below(directory: Path) -> set[str]:
 
 
 def without_secrets(text: str) -> str:
-    return re.sub(r"(?m)^(\s*auth_pass\s+)\S.*$", r"\1(secret)", text)
+    text = re.sub(r"(?m)^(\s*auth_pass\s+)\S.*$", r"\1(secret)", text)
+    return re.sub(r"(?m)^[0-9a-fA-F]{64}$", "(secret)", text)  # the key of a pair
 
 
 def read_request() -> Json:

@@ -23,6 +23,7 @@ def actions_between(old: Json, new: Json) -> list[str]:
         )
 
     restart = differs(ENGINE) and (old.get("hardware") != new.get("hardware") or ENGINE not in before)
+    restart = restart or differs("sync.key")  # read at the engine's start
     actions: list[str] = []
     if differs(ENGINE):
         actions.append("failclosed")  # before anything may forward by the new rules

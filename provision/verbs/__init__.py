@@ -120,10 +120,10 @@ def chosen(fleet: Fleet, options: Options) -> list[str]:
 
 def wanted_files(fleet: Fleet, names: Sequence[str], options: Options) -> dict[str, Rendered]:
     from provision.render import RenderError, render
-    from provision.secret import SecretError, vrrp_password
+    from provision.secret import SecretError, of_fleet
 
     try:
-        return {n: render(fleet, n, secret=lambda ref: vrrp_password(ref, options.directory)) for n in names}
+        return {n: render(fleet, n, secret=lambda ref: of_fleet(ref, options.directory)) for n in names}
     except (RenderError, SecretError) as error:
         raise Exit(INVALID, f"{options.file}: {error}") from error
 

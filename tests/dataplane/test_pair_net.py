@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataplane.test_failover_net import INSIDE, KEEPALIVED, OUTSIDE, REST, Member
+from tests.dataplane.test_failover_net import INSIDE, OUTSIDE, REST, Member
 from tests.gateway import DPDK_INTERFACES, Gateway, config
 from tests.lab import Lab, Netns, wait_until
 from tests.traffic import CLIENT, SERVER
@@ -35,6 +35,41 @@ pytestmark = pytest.mark.net
 FIRST_PORT = 7010
 KEY = "8f3c" * 16
 SYNC = "192.0.2."
+
+# as provision/templates/keepalived.conf.j2 has it: the engine's word is added to the priority
+KEEPALIVED = """\
+global_defs {{
+  router_id {name}
+  vrrp_version 3
+}}
+track_file engine {{
+  file {standing}
+  weight 1
+  init_file 0
+}}
+vrrp_sync_group both {{
+  group {{ inside outside }}
+  sync_group_tracking_weight
+}}
+vrrp_instance inside {{
+  state BACKUP
+  interface inside0
+  virtual_router_id 51
+  priority {priority}
+  advert_int {advert_s}
+  track_file {{ engine }}
+  virtual_ipaddress {{ 100.64.0.1/24 }}
+}}
+vrrp_instance outside {{
+  state BACKUP
+  interface outside0
+  virtual_router_id 52
+  priority {priority}
+  advert_int {advert_s}
+  track_file {{ engine }}
+  virtual_ipaddress {{ 198.51.100.1/24 }}
+}}
+"""
 
 
 @dataclass
@@ -102,7 +137,8 @@ def new_peer(
     file.write_text(config(interfaces=DPDK_INTERFACES, sessions=sessions, rest=REST + sync))
     control = Path("/tmp", f"{lab.prefix}-{name}.sock")
     table = Path("/dev/shm", f"{lab.prefix}-{name}.sessions")
-    for path in (control, table):
+    standing = Path(f"{control}.vrrp")
+    for path in (control, table, standing):
         lab.undo.callback(path.unlink, missing_ok=True)
     gateway = Gateway(space, wires, wires, program, file, control, log=f"{name}-dsnatd")
     gateway.start("--sessions", str(table))
@@ -110,7 +146,9 @@ def new_peer(
         space.ip(f"address add {address}/24 dev {twin}")
         space.ip(f"link set {twin} up")
     settings = lab.directory / f"{name}-keepalived.conf"
-    settings.write_text(KEEPALIVED.format(name=name, priority=200 - 50 * (number - 2), advert_s=advert_s))
+    settings.write_text(
+        KEEPALIVED.format(name=name, priority=200 - 50 * (number - 2), advert_s=advert_s, standing=standing)
+    )
     settings.chmod(0o600)
     pids = [f"--{kind}={lab.directory / f'{name}-{kind}'}" for kind in ("pid", "vrrp_pid", "checkers_pid")]
     argv = ("keepalived", "--dont-fork", "--log-console", "--vrrp", f"--use-file={settings}", *pids)
@@ -386,4 +424,33 @@ def test_the_link_for_sessions_may_lose_break_or_freeze(
     pair.equal()
     for these in (connections, more, late):
         these.close()
+    pair.close()
+
+
+@pytest.mark.parametrize("pair", [0.1], indirect=True, ids=["100ms"])
+def test_a_returning_master_waits_until_it_has_every_session(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    # a loses everything, and the link that would give it back
+    pair.wires.ip("link set synca down")
+    a.fall_silent()
+    wait_until("b to be master", b.is_master, deadline_s=20)
+    a.gateway.daemon.process.kill()
+    a.gateway.daemon.wait(timeout_s=10)
+    a.sessions.unlink()
+    a.keepalived.stop()
+    a.start_engine()
+    standing = Path(f"{a.gateway.socket}.vrrp")
+    wait_until("a to say that it lacks sessions", lambda: standing.read_text() == "-100\n")
+    a.keepalived = a.gateway.space.start(*a.keepalived_argv, log="a-keepalived-again.log")
+    a.return_()
+    wait_until("a to be a backup", lambda: "Entering BACKUP STATE" in a.keepalived.text())
+    moment_s = time.monotonic()
+    wait_until("a to have had the time", lambda: time.monotonic() - moment_s > 2)
+    assert b.is_master(), "a preempted without the sessions"
+    assert not a.has(OUTSIDE)
+    # the link is back: a hears all, and takes over
+    pair.wires.ip("link set synca up")
+    wait_until("a to be master", lambda: a.is_master() and not b.has(OUTSIDE), deadline_s=40)
+    assert standing.read_text() == "0\n"
+    pair.equal()
     pair.close()

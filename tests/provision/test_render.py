@@ -108,6 +108,45 @@ def test_a_password_makes_the_file_private(read: Reader) -> None:
     assert "auth_pass geheim12\n" in file.text
 
 
+KEY = "5e" * 32
+
+
+def test_both_of_a_pair_tell_each_other_their_sessions(read: Reader) -> None:
+    fleet, _ = read(
+        changed(PAIR, ("pairs:\n  edge:\n", "pairs:\n  edge:\n    sync: {key: 'file:k', hold_back: 1s}\n"))
+    )
+    for name, own, peer in (("gw1", "192.0.2.11", "192.0.2.12"), ("gw2", "192.0.2.12", "192.0.2.11")):
+        rendered = render(fleet, name, secret=lambda reference: KEY)
+        key = rendered.files["sync.key"]
+        assert (key.mode, key.text) == (0o600, f"{KEY}\n")
+        assert KEY in rendered.secrets
+        assert KEY not in rendered.files["dsnatd.yaml"].text
+        assert (
+            rendered.files["dsnatd.yaml"].text.count(f"""\
+sync:
+  peer: "{peer}:3781"
+  listen: "{own}:3781"
+  key: file:/etc/dsnat/sync.key
+  hold_back: 1s
+""")
+            == 1
+        )
+
+
+def test_what_is_no_key_is_refused_without_being_shown(read: Reader) -> None:
+    fleet, _ = read(changed(PAIR, ("pairs:\n  edge:\n", "pairs:\n  edge:\n    sync: {key: 'file:k'}\n")))
+    with pytest.raises(RenderError, match="file:k is not the key of a pair") as refused:
+        render(fleet, "gw1", secret=lambda reference: "geheim12")
+    assert "geheim" not in str(refused.value)
+
+
+def test_the_engine_has_a_say_in_the_priority(read: Reader) -> None:
+    text = files_of(read, PAIR, "gw1").files["keepalived.conf"].text
+    assert "file /run/dsnatd/vrrp\n    weight 1\n" in text
+    assert "sync_group_tracking_weight" in text
+    assert text.count("        dsnat_engine\n") == 2
+
+
 def test_the_peers_speak_unicast_to_each_other(read: Reader) -> None:
     one = files_of(read, PAIR, "gw1").files["keepalived.conf"].text
     two = files_of(read, PAIR, "gw2").files["keepalived.conf"].text
