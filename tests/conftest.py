@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--talking", type=int, default=20, help="connections through the pair that talk all the time"
     )
+    parser.addoption("--restarts", type=int, default=6, help="how often dsnatd is killed under connections")
     parser.addoption("--kills", type=int, default=300, help="how often the engine is killed under load")
     parser.addoption(
         "--scenarios", action="store_true", help="also the long boots: updates, NIC models, faults"

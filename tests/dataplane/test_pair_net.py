@@ -185,7 +185,7 @@ def pair(lab: Lab, program: Callable[[str], Path], request: pytest.FixtureReques
 class Connections:
     """TCP through the pair: `idle` that only wait, `talking` that send a byte when the last one came back."""
 
-    pair: Pair
+    pair: Pair | Gateway  # what has a client and a server
     idle: int
     talking: int
     port: int = FIRST_PORT

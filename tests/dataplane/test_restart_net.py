@@ -1,0 +1,113 @@
+"""The engine is killed under connections, again and again, and goes on: on vdevs, dark time as clients see.
+
+`pytest tests/dataplane/test_restart_net.py -s --restarts 50` prints the figures of a longer run: how long
+nothing came back, beside what an engine needs from its start to its word that it is ready (EAL's own start is
+most of it).
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.dataplane.test_failover_net import Probe
+from tests.dataplane.test_pair_net import Connections
+from tests.gateway import POOLS_AND_ZONES, Gateway, config, new_gateway
+from tests.lab import Lab, wait_until
+
+pytestmark = pytest.mark.net
+
+SESSIONS = 8192
+
+
+def start(gateway: Gateway, table: Path) -> float:
+    """Seconds from the start of the process to its word."""
+    began_s = time.monotonic()
+    gateway.start("--sessions", str(table))
+    return time.monotonic() - began_s
+
+
+def dark_since(probe: Probe, moment_s: float) -> float:
+    """The longest time without an answer to a probe that is sent each 10 ms."""
+    wait_until("answers again", lambda: len([at for at in probe.answered_s if at > moment_s + 0.1]) > 20)
+    at = [moment_s, *(one for one in probe.answered_s if one > moment_s)]
+    return max(after - before for before, after in itertools.pairwise(at))
+
+
+@pytest.fixture
+def table(lab: Lab) -> Path:
+    path = Path("/dev/shm", f"{lab.prefix}.sessions")
+    lab.undo.callback(path.unlink, missing_ok=True)
+    return path
+
+
+def test_no_connection_is_lost_by_kills_under_traffic_nor_by_other_workers_or_pools(
+    lab: Lab,
+    program: Callable[[str], Path],
+    table: Path,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
+) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), config(sessions=SESSIONS), start=False)
+    start(gateway, table)
+    gateway.address()
+    connections = Connections(gateway, 100, 20)
+    connections.open()
+    probe = Probe(gateway.client, gateway.server)
+    probe.start()
+    dark_s, ready_s = [], []
+    # other workers and other pools on the way; the addresses in use drain, as `dsnatctl plan` would say
+    larger = POOLS_AND_ZONES.replace(
+        "203.0.113.1-203.0.113.4]", "203.0.113.1-203.0.113.9], drain: [203.0.113.1]"
+    )
+    assert larger != POOLS_AND_ZONES
+    for number in range(int(request.config.getoption("--restarts"))):
+        text = config(
+            sessions=SESSIONS, workers=1 + number % 2, rest=larger if number % 3 == 1 else POOLS_AND_ZONES
+        )
+        gateway.file.write_text(text)
+        moment_s = time.monotonic()
+        gateway.daemon.process.kill()
+        gateway.daemon.wait(timeout_s=10)
+        ready_s.append(start(gateway, table))
+        dark_s.append(dark_since(probe, moment_s))
+        connections.dark_s(moment_s)
+        assert len(gateway.show("workers")["workers"]) == 1 + number % 2
+        assert "going on with the sessions" in gateway.daemon.text()
+        assert gateway.show("counters")["equation"]
+    connections.all_live()
+    probe.stop.set()
+    figures = {
+        "restarts": len(dark_s),
+        "dark_p50_s": round(statistics.median(dark_s), 3),
+        "dark_max_s": round(max(dark_s), 3),
+        "ready_p50_s": round(statistics.median(ready_s), 3),
+        "ready_max_s": round(max(ready_s), 3),
+    }
+    print(figures)
+    record_property("restarts", figures)
+    connections.close()
+    gateway.close()
+
+
+def test_a_table_of_another_layout_is_refused_and_said(
+    lab: Lab, program: Callable[[str], Path], table: Path
+) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), config(sessions=SESSIONS), start=False)
+    start(gateway, table)
+    gateway.close()
+    with table.open("r+b") as file:
+        file.seek(8)  # magic, then the layout's number
+        layout = int.from_bytes(file.read(4), "little")
+        file.seek(8)
+        file.write((layout + 1).to_bytes(4, "little"))
+    start(gateway, table)
+    refusal = "the session table was written by a build with another record layout; starting with none"
+    assert f"cannot be used: {refusal}" in gateway.daemon.text()
+    wait_until("an engine without sessions", lambda: gateway.show("sessions")["sessions"] == [])
+    gateway.close()
