@@ -164,6 +164,9 @@ bool nat_policy_is_active(const struct nat_policy *policy, uint32_t pool);
 /* Is the pool's traffic spread over all workers, or kept by one? One worker, or many, makes no other difference. */
 bool nat_config_spreads(const struct nat_config *config, const struct nat_pool_config *pool);
 
+/* Is there a pool that this worker keeps? */
+bool nat_policy_keeps(const struct nat_policy *policy, uint32_t worker);
+
 /* The worker that keeps the mappings of this host, for nat_engine_map(). */
 uint32_t nat_policy_worker_of_host(const struct nat_policy *policy, uint32_t host_be);
 

@@ -129,6 +129,14 @@ static void digest_places(struct nat_policy *p)
 	p->places = sum;
 }
 
+bool nat_policy_keeps(const struct nat_policy *policy, uint32_t worker)
+{
+	for (uint32_t i = 0; i < policy->n_pools; i++)
+		if (policy->pool[i].keeper == worker)
+			return true;
+	return false;
+}
+
 uint32_t nat_policy_worker_of_host(const struct nat_policy *policy, uint32_t host_be)
 {
 	const uint32_t zone = nat_policy_zone(policy, NAT_NTOH32(host_be), 0);

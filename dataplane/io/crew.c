@@ -41,13 +41,9 @@ uint32_t crew_size(const struct nat_config *config)
 	return 1;
 }
 
-uint64_t crew_share(const struct nat_config *config)
+uint64_t crew_share(const struct nat_config *config, const struct nat_policy *policy, uint32_t worker)
 {
-	bool all_spread = true;
-
-	for (uint32_t i = 0; i < config->n_pools; i++)
-		all_spread &= nat_config_spreads(config, &config->pools[i]);
-	if (config->n_workers == 1 || !all_spread)
+	if (config->n_workers == 1 || nat_policy_keeps(policy, worker))
 		return config->max_sessions; /* a pool that one worker keeps may have all of them */
 	/* hosts do not spread evenly: each may hold half as much again as its share */
 	return config->max_sessions / config->n_workers * 3 / 2 + 1;

@@ -20,6 +20,6 @@ bool crew_open(struct crew *crew, const struct nat_config *config, const struct 
 void crew_close(struct crew *crew);
 
 /* Sessions that one worker's tables must have room for. */
-uint64_t crew_share(const struct nat_config *config);
+uint64_t crew_share(const struct nat_config *config, const struct nat_policy *policy, uint32_t worker);
 
 #endif
