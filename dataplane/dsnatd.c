@@ -51,6 +51,7 @@
 #include "ctl/sync.h"
 #include "io/announce.h"
 #include "io/crew.h"
+#include "io/dpdk/degrade.h"
 #include "io/dpdk/eal.h"
 #include "io/dpdk/guard.h"
 #include "io/dpdk/port.h"
@@ -81,6 +82,7 @@ enum status {
 
 static const char usage[] =
 	"usage: dsnatd [--config FILE] [--socket PATH] [--sessions PATH] [--no-huge]\n"
+	"       dsnatd --degraded ...\n"
 	"       dsnatd --check FILE\n"
 	"       dsnatd --facts FILE\n"
 	"       dsnatd --version [--json]\n"
@@ -92,6 +94,9 @@ static const char usage[] =
 	"                   another --socket: nowhere)\n"
 	"  --no-huge        plain pages, also where there are hugepages (or DSNATD_NO_HUGE=1 in the "
 	"environment)\n"
+	"  --degraded       all ports by the kernel's path; the daemon starts itself so where `degraded: "
+	"nfqueue` "
+	"allows it\n"
 	"  --check FILE     judge a configuration, and end\n"
 	"  --facts FILE     print what it says in lines of words, for scripts, and end\n"
 	"  --version        print the version, and end; with --json for programs\n"
@@ -103,7 +108,7 @@ static const char usage[] =
 
 struct options {
 	const char *config, *socket, *sessions;
-	bool no_huge;
+	bool no_huge, degraded;
 };
 
 struct retired {
@@ -467,13 +472,14 @@ static struct request_ops request_ops(struct daemon *d)
 		.routes = on_routes,
 		.apply = on_apply,
 		.capture = request_capture_open(),
+		.config_flags = d->options.degraded ? CONFIG_DEGRADED : 0,
 		.program = "dsnatd",
 	};
 }
 
 static void reload(struct daemon *d)
 {
-	struct config *next = config_load(d->path, 0);
+	struct config *next = config_load(d->path, d->ops->config_flags);
 	char why[256], message[64];
 	struct timespec now;
 
@@ -1071,14 +1077,29 @@ static void version(bool json)
 		printf("dsnatd %s (%s)\n", NAT_VERSION, rte_version());
 }
 
+/* As a new process image: EAL cannot be undone. Comes back only when that fails. */
+static void start_degraded(int argc, char **argv)
+{
+	char **again = calloc((size_t)argc + 2, sizeof *again);
+
+	if (!again)
+		return;
+	memcpy(again, argv, (size_t)argc * sizeof *again);
+	again[argc] = (char[]){"--degraded"};
+	say("DEGRADED: going on without DPDK; the kernel keeps all ports, which is slower");
+	execv("/proc/self/exe", again);
+	free(again);
+}
+
 int main(int argc, char **argv)
 {
-	enum { CONFIG = 1, SOCKET, SESSIONS, NO_HUGE, CHECK, FACTS, VERSION, JSON, HELP };
+	enum { CONFIG = 1, SOCKET, SESSIONS, NO_HUGE, DEGRADED, CHECK, FACTS, VERSION, JSON, HELP };
 	static const struct option known[] = {
 		{"config", required_argument, NULL, CONFIG},
 		{"socket", required_argument, NULL, SOCKET},
 		{"sessions", required_argument, NULL, SESSIONS},
 		{"no-huge", no_argument, NULL, NO_HUGE},
+		{"degraded", no_argument, NULL, DEGRADED},
 		{"check", required_argument, NULL, CHECK},
 		{"facts", required_argument, NULL, FACTS},
 		{"version", no_argument, NULL, VERSION},
@@ -1090,6 +1111,9 @@ int main(int argc, char **argv)
 				       .socket = DEFAULT_SOCKET,
 				       .no_huge = getenv("DSNATD_NO_HUGE") != NULL}};
 	const char *to_check = NULL;
+	char why[512];
+	enum status status;
+	bool may_degrade;
 	bool want_version = false, json = false, facts = false;
 	int option;
 	struct config *config;
@@ -1107,6 +1131,9 @@ int main(int argc, char **argv)
 			break;
 		case NO_HUGE:
 			d.options.no_huge = true;
+			break;
+		case DEGRADED:
+			d.options.degraded = true;
 			break;
 		case CHECK:
 		case FACTS:
@@ -1136,7 +1163,7 @@ int main(int argc, char **argv)
 	}
 	if (to_check)
 		return check(to_check, facts);
-	config = config_load(d.options.config, 0);
+	config = config_load(d.options.config, d.options.degraded ? CONFIG_DEGRADED : 0);
 	if (!config)
 		return fail(NO_MEMORY, "no memory to read the configuration");
 	config_print(config, stderr);
@@ -1149,5 +1176,11 @@ int main(int argc, char **argv)
 		config_free(config);
 		return fail(NO_MEMORY, "no memory for the configuration");
 	}
-	return serve(&d);
+	if (d.options.degraded && degrade_interfaces(&config->nat, why, sizeof why))
+		return fail(NO_DEVICE, why);
+	may_degrade = config->nat.may_degrade && !d.options.degraded;
+	status = serve(&d);
+	if (status == NO_DEVICE && may_degrade)
+		start_degraded(argc, argv);
+	return status;
 }

@@ -516,6 +516,7 @@ class Service(Model):
     refusal: Literal["silent", "icmp-admin", "icmp-host"] | None = None
     other_protocols: Literal["drop", "pass"] | None = None
     port_control: Literal["off", "on"] | None = None
+    degraded: Literal["off", "nfqueue"] | None = None
     static: tuple[Static, ...] = ()
     logging: tuple[Collector, ...] | None = None
     bgp: Bgp | None = None

@@ -138,7 +138,8 @@ struct nat_config {
 	struct nat_limits limits;
 	struct nat_timeouts timeouts;
 	enum nat_midflow tcp_midflow;
-	bool port_control;         /* hosts may ask for mappings by PCP and NAT-PMP */
+	bool may_degrade;  /* without DPDK the kernel keeps all ports, rather than nothing is served */
+	bool port_control; /* hosts may ask for mappings by PCP and NAT-PMP */
 	bool pass_other_protocols; /* neither TCP, UDP nor ICMP: to the kernel untranslated, else dropped */
 	enum nat_refusal refusal;  /* what the host is told when no session can be made (RFC 5508 REQ-8, RFC
 				      6888 REQ-11B) */

@@ -29,6 +29,8 @@
 
 /* An interface need not name its device: dsnat-replay has none. */
 #define CONFIG_WITHOUT_DEVICES 0x1u
+/* Interfaces with `path: dpdk` become ones of the kernel, as `degraded: nfqueue` allows. */
+#define CONFIG_DEGRADED 0x2u
 
 struct config_problem {
 	uint32_t line, column; /* from 1; 0: the whole file */

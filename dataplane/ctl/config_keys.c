@@ -252,6 +252,8 @@ static void read_interfaces(struct config *config, const struct node *node, stru
 	if (n > NAT_INTERFACES_MAX)
 		config_error(config, node, "%u interfaces; at most %u are possible", n, NAT_INTERFACES_MAX);
 	places->interfaces_good = config->n_errors == errors;
+	for (uint32_t i = 0; i < n && flags & CONFIG_DEGRADED; i++)
+		list[i].path = NAT_PATH_NFQUEUE;
 	config->nat.interfaces = list;
 	config->nat.n_interfaces = n;
 }
@@ -634,6 +636,21 @@ static void set_defaults(struct nat_config *nat, struct nat_pool_config *pool, b
 	pool->port_first = 5000;
 }
 
+/* The kernel has no interface that would be a VLAN or a bond like ours. */
+static void can_degrade(struct config *config, const struct node *node)
+{
+	for (uint32_t i = 0; i < config->nat.n_interfaces; i++) {
+		const struct nat_interface_config *one = &config->nat.interfaces[i];
+
+		if (one->vlan || one->n_members)
+			config_error(config, node,
+				     "interface %s has a vlan or members, which the kernel's path cannot "
+				     "take over; "
+				     "remove \"degraded\"",
+				     one->name);
+	}
+}
+
 void config_keys(struct config *config, const struct node *root, struct places *places, unsigned flags)
 {
 	enum {
@@ -650,7 +667,8 @@ void config_keys(struct config *config, const struct node *root, struct places *
 		OTHER,
 		CONTROL,
 		LOGGING,
-		SYNC
+		SYNC,
+		DEGRADED
 	};
 	static const struct key keys[] = {
 		[PROFILE] = {"profile", false},       [ENGINE] = {"engine", false},
@@ -660,9 +678,11 @@ void config_keys(struct config *config, const struct node *root, struct places *
 		[MIDFLOW] = {"tcp_midflow", false},   [REFUSAL] = {"refusal", false},
 		[OTHER] = {"other_protocols", false}, [CONTROL] = {"port_control", false},
 		[LOGGING] = {"logging", false},       [SYNC] = {"sync", false},
+		[DEGRADED] = {"degraded", false},
 	};
 	static const char *const profiles[] = {"default", "dsnat"};
 	static const char *const other_words[] = {"drop", "pass"};
+	static const char *const degraded_words[] = {"off", "nfqueue"};
 	const struct node *value[COUNT(keys)];
 	struct nat_pool_config pool;
 	unsigned word = 0;
@@ -689,6 +709,11 @@ void config_keys(struct config *config, const struct node *root, struct places *
 	if (config_read_word(config, value[CONTROL], "port_control", switch_words, COUNT(switch_words),
 			     &word))
 		config->nat.port_control = word == 1;
+	if (config_read_word(config, value[DEGRADED], "degraded", degraded_words, COUNT(degraded_words),
+			     &word))
+		config->nat.may_degrade = word == 1;
+	if (config->nat.may_degrade)
+		can_degrade(config, value[DEGRADED]);
 	if (config_read_word(config, value[REFUSAL], "refusal", refusal_words, COUNT(refusal_words), &word))
 		config->nat.refusal = (enum nat_refusal)word;
 }

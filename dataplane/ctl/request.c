@@ -245,6 +245,7 @@ static json_t *status(struct request_context *c)
 	json_object_set_new(answer, "sessions", request_number(sum.sessions));
 	json_object_set_new(answer, "max_sessions", request_number(config->nat.max_sessions));
 	json_object_set_new(answer, "equation", json_boolean(equation));
+	json_object_set_new(answer, "degraded", json_boolean(c->ops->config_flags & CONFIG_DEGRADED));
 	if (c->ops->routes)
 		json_object_set_new(answer, "routes", routes(c->ops->routes(c->ops->context)));
 	json_object_set_new(answer, "problems", request_problems_json(config));

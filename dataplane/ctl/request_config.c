@@ -229,6 +229,7 @@ static json_t *config_json(const struct config *config)
 		config_midflow_word(nat->tcp_midflow), "refusal", config_refusal_word(nat->refusal),
 		"other_protocols", nat->pass_other_protocols ? "pass" : "drop", "port_control",
 		nat->port_control ? "on" : "off");
+	json_object_set_new(all, "degraded", json_string(nat->may_degrade ? "nfqueue" : "off"));
 	if (config->sync.on)
 		json_object_set_new(all, "sync", sync_json(&config->sync));
 	return all;

@@ -38,7 +38,7 @@ def differences(running: Json, candidate: Json) -> Iterator[str]:
         for key, value in candidate[section].items():
             if running[section][key] != value:
                 yield f"~ {section}.{key}: {running[section][key]} -> {value}"
-    for key in ("tcp_midflow", "refusal", "other_protocols", "port_control"):
+    for key in ("tcp_midflow", "refusal", "other_protocols", "port_control", "degraded"):
         if running[key] != candidate[key]:
             yield f"~ {key}: {running[key]} -> {candidate[key]}"
     before, after = (side.get("sync", {}) for side in (running, candidate))

@@ -271,6 +271,8 @@ def status(answer: Json) -> Iterator[str]:
     )
     yield f"{answer['sessions']} of {answer['max_sessions']} sessions"
     yield "every packet is accounted for" if answer["equation"] else "THE COUNTERS DO NOT ADD UP"
+    if answer.get("degraded"):
+        yield "DEGRADED: no DPDK, the kernel keeps all ports; read the journal, restart dsnat-nic and dsnatd"
     yield from problems(answer)
 
 

@@ -160,6 +160,11 @@ def test_every_error_is_told_at_once_and_in_order(check: Check) -> None:
             'and remove "vlan"',
         ),
         (
+            GOOD.replace('00:04.0"}', '00:04.0", vlan: 7}') + "degraded: nfqueue\n",
+            "18:11: interface outside0 has a vlan or members, which the kernel's path cannot take over; "
+            'remove "degraded"',
+        ),
+        (
             GOOD.replace("0000:00:04.0", "00:04.0"),
             '4:60: "device" is "00:04.0" without its PCI domain; write "0000:00:04.0"',
         ),
@@ -221,7 +226,7 @@ def test_every_error_is_told_at_once_and_in_order(check: Check) -> None:
             GOOD + "more: 1\n",
             '18:1: unknown key "more" in the file; its keys are profile, engine, interfaces, pools, '
             "zones, static, limits, timeouts, tcp_midflow, refusal, other_protocols, port_control, "
-            "logging and sync",
+            "logging, sync and degraded",
         ),
         (
             GOOD + "sync: {peer: 192.0.2.2, listen: 192.0.2.1:3781, key: 000102030405}\n",

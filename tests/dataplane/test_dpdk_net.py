@@ -147,6 +147,36 @@ def test_two_devices_are_one_port_by_bonding(lab: Lab, program: Callable[[str], 
     gateway.close()
 
 
+def test_without_dpdk_the_same_sessions_go_on_by_the_kernels_path_where_that_is_allowed(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    text = config()
+    gateway = new_gateway(lab, program("dsnatd"), text, start=False)
+    sessions = Path("/dev/shm", f"{lab.prefix}.sessions")
+    lab.undo.callback(sessions.unlink, missing_ok=True)
+    gateway.start("--sessions", str(sessions))
+    gateway.address()
+    assert " 3 received" in ping(gateway.client, SERVER, "-e", "4711")
+    before = gateway.show("sessions")["sessions"]
+    gateway.daemon.process.kill()
+    gateway.daemon.wait(timeout_s=10)
+    broken = text.replace("iface=vout", "iface=vout,framesz=7")  # DPDK refuses the device
+    gateway.file.write_text(broken)
+    refused = gateway.space.start(*gateway.argv(), "--no-huge", log="refused.log")
+    assert refused.wait(timeout_s=30) == 3, refused.text()
+    gateway.file.write_text(broken + "degraded: nfqueue\n")
+    gateway.start("--sessions", str(sessions))
+    assert "DEGRADED: going on without DPDK" in gateway.daemon.text()
+    gateway.address()
+    wait_until("service", lambda: " 3 received" in ping(gateway.client, SERVER, "-e", "4711"))
+    assert [one["outside"] for one in gateway.show("sessions")["sessions"]] == [
+        one["outside"] for one in before
+    ]
+    assert gateway.ask(cmd="status")["degraded"]
+    gateway.ask(cmd="reload")
+    gateway.close()
+
+
 class Store:
     """systemd's side of sd_notify: takes messages, and keeps the descriptors that come with them."""
 

@@ -379,6 +379,7 @@ timeouts: {dns: 0s, udp: 9m}
 tcp_midflow: reset
 refusal: icmp-host
 other_protocols: pass
+degraded: off
 port_control: on
 logging:
   - {protocol: syslog, transport: tcp, collector: 192.0.2.10, pools: [b, c], destinations: on}

@@ -108,6 +108,19 @@ static int guard_install(const char *name, char *why, size_t why_bytes)
 	return 0;
 }
 
+void guard_remove(const char *name)
+{
+	struct nft_ctx *nft = nft_ctx_new(NFT_CTX_DEFAULT);
+	char rules[256];
+
+	if (!nft)
+		return;
+	nft_ctx_buffer_error(nft);
+	snprintf(rules, sizeof rules, "add table netdev dsnat-%1$s; delete table netdev dsnat-%1$s", name);
+	(void)nft_run_cmd_from_buffer(nft, rules);
+	nft_ctx_free(nft);
+}
+
 int guards_install(const struct nat_config *config, char *why, size_t why_bytes)
 {
 	char name[64];
