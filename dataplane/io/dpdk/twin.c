@@ -426,7 +426,7 @@ void twins_stop(struct twins *t)
 		pthread_join(t->thread, NULL);
 	}
 	t->running = false;
-	for (uint32_t i = 0; i < t->ports->n; i++)
+	for (uint32_t i = 0; t->ports && i < t->ports->n; i++) /* none, when there are no ports either */
 		if (t->twin[i].fd >= 0)
 			close(atomic_exchange(&t->twin[i].fd, -1));
 }
