@@ -187,9 +187,12 @@ static void run_passes(struct nat_engine *e, struct nat_trial *trial, struct und
 	try_stages(e, trial, &undo[0]);
 	if (!trial->hairpin || pkt->verdict != NAT_FORWARD)
 		return;
+	const uint32_t source_be = trial->session.inside.local_be,
+		       destination_be = nat_get32(pkt->l3 + NAT_IP_DESTINATION);
 	trial->first_tuple = trial->tuple;
 	nat_parse(e, pkt, 1);
 	pkt->stage_flags |= NAT_STAGE_SECOND;
+	nat_errand_second(pkt, source_be, destination_be, nat_get16(pkt->l3 + NAT_IP_ID));
 	nat_session_fetch_bucket(e, pkt);
 	if (pkt->settled)
 		return;
@@ -235,6 +238,8 @@ void nat_engine_try(struct nat_engine *e, struct nat_trial *trial, uint64_t now_
 	trial->settled_in = NAT_TRIED_PARSE;
 	trial->zone = NAT_NO_ZONE;
 	nat_parse(e, &trial->pkt, 1);
+	if (e->workers)
+		nat_errands_begin(e, &trial->pkt, 1);
 	trial->tuple = trial->pkt.tuple;
 	trial->whole = (trial->pkt.stage_flags & (NAT_STAGE_FRAGMENT | NAT_STAGE_LATER)) == 0;
 	if (!trial->pkt.settled && trial->whole)

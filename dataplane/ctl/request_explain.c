@@ -26,6 +26,7 @@ struct explanation {
 	uint8_t given[PACKET_MAX], bytes[PACKET_MAX];
 	uint32_t len_bytes;
 	uint32_t worker;
+	bool half_way;
 	const struct nat_config *config; /* in force, or the candidate */
 	json_t *steps;
 };
@@ -264,7 +265,11 @@ static bool ask_worker(struct request_context *c, struct explanation *x, uint32_
 {
 	const struct nat_errand errand = x->trial.pkt.errand;
 
-	memcpy(x->bytes, x->given, x->len_bytes);
+	/* a hairpin goes on to other workers half translated */
+	x->half_way |= x->trial.hairpin && x->trial.pkt.verdict == NAT_HANDOVER &&
+		       x->trial.first_tuple.protocol != 0;
+	if (!x->half_way)
+		memcpy(x->bytes, x->given, x->len_bytes);
 	x->trial = (struct nat_trial){.candidate = candidate,
 				      .pkt = {.l3 = x->bytes,
 					      .len_bytes = x->len_bytes,

@@ -168,18 +168,20 @@ def play(bench: Bench, packets: int, seed: int, *, explains: bool) -> tuple[list
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("workers", [1, 3])
 def test_what_explain_says_is_what_then_happens(
-    bench: Callable[[str], Bench], seed: int, request: pytest.FixtureRequest
+    bench: Callable[[str], Bench], seed: int, request: pytest.FixtureRequest, workers: int
 ) -> None:
     packets = request.config.getoption("--explain-packets")
+    config = CROWDED.replace("workers: 1", f"workers: {workers}")
 
-    told, seen = play(bench(CROWDED), packets, seed, explains=True)
+    told, seen = play(bench(config), packets, seed, explains=True)
 
     print(f"{packets} packets, reasons: {dict(seen.most_common())}")
     assert {"ok", "no_port", "no_zone", "zone_drop", "tcp_not_syn", "no_session", "host_sessions"} <= set(
         seen
     )
-    silent, _ = play(bench(CROWDED), min(packets, 4000), seed, explains=False)
+    silent, _ = play(bench(config), min(packets, 4000), seed, explains=False)
     assert silent == told[: len(silent)], "the explanations have changed what came after them"
 
 
