@@ -163,22 +163,21 @@ class Root:
 
 def unpack(image: Path) -> Root:
     """Unpack the root partition, once per image."""
-    parts = list(image.parent.glob(f"{image.stem}.root-x86-64.*.raw.zst"))
+    parts = list(image.parent.glob(f"{image.stem}.root-x86-64.*.raw.gz"))
     if len(parts) != 1:
         raise BuildError(
             f"{image.parent} has no root partition beside the image; run `python -m image.build --force`",
             status=3,
         )
-    folder = BUILD / "audit" / parts[0].name.removesuffix(".raw.zst")
+    folder = BUILD / "audit" / parts[0].name.removesuffix(".raw.gz")
     if not folder.exists():
         fresh, raw = folder.with_suffix(".new"), folder.with_suffix(".raw")
         fresh.parent.mkdir(parents=True, exist_ok=True)
         for old in fresh.parent.glob(f"{image.stem}.root-*"):  # of earlier builds of this version
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         try:
-            subprocess.run(
-                ["zstd", "--quiet", "--sparse", "--decompress", str(parts[0]), "-o", str(raw)], check=True
-            )
+            with raw.open("wb") as out:
+                subprocess.run(["gzip", "--decompress", "--stdout", str(parts[0])], stdout=out, check=True)
             done = subprocess.run(
                 tool("fsck.erofs", f"--extract={fresh}", str(raw)), capture_output=True, text=True
             )

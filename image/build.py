@@ -368,8 +368,9 @@ def publish(paths: Paths, keys: Keys | None) -> list[str]:
     image = paths.image
     subprocess.run(["zstd", "--quiet", "--force", "-6", "-T0", str(image), "-o", f"{image}.zst"], check=True)
     stem = image.name.removesuffix(".raw")
-    for part in paths.output.glob(f"{stem}.root-*.raw"):  # what an update sends, in one form only
-        subprocess.run(["zstd", "--quiet", "--force", "--rm", "-3", "-T0", str(part)], check=True)
+    # What an update sends, in one form only. systemd-sysupdate 257 would write zstd to the slot as it is.
+    for part in paths.output.glob(f"{stem}.root-*.raw"):
+        subprocess.run(["gzip", "--force", "--no-name", "-1", str(part)], check=True)
     subprocess.run(
         ["bmaptool", "--quiet", "create", "-o", str(image.with_suffix(".bmap")), str(image)], check=True
     )

@@ -75,7 +75,7 @@ check_folder() { # folder, version: everything is there, and is what its maker s
 	fi
 	for file in "$1/gateway_$2."*; do
 		name=$(basename "$file")
-		case $name in *.efi | *.root-x86-64*.raw | *.root-x86-64*.raw.zst) ;; *) continue ;; esac
+		case $name in *.efi | *.root-x86-64*.raw | *.root-x86-64*.raw.gz) ;; *) continue ;; esac
 		if [ -e "$1/SHA256SUMS" ]; then
 			wanted=$(awk -v name="$name" '$2 == name || $2 == "*" name { print $1 }' "$1/SHA256SUMS")
 			[ -n "$wanted" ] || { signed || continue; refuse "$name is not in SHA256SUMS; nothing was written"; }

@@ -66,7 +66,7 @@ def find_image(directory: Path, version: str | None = None) -> Image:
         for p in directory.glob(f"gateway_{version}.*")
         if re.fullmatch(UPDATE_FILES, p.name) and p.is_file()
     ]
-    paths = [p for p in paths if p.with_name(p.name + ".zst") not in paths]
+    paths = [p for p in paths if p.with_name(p.name + ".gz") not in paths]
     kinds = {re.sub(r".*\.(root-x86-64-verity|root-x86-64|efi)\b.*", r"\1", p.name) for p in paths}
     if kinds != {"root-x86-64-verity", "root-x86-64", "efi"}:
         raise BadImage(

@@ -11,7 +11,7 @@ from .protocol import Json, Refused, line_in, number_in
 from .state import State
 from .undo import alone
 
-PARTS = r"gateway_[0-9A-Za-z.~+-]{1,64}\.(efi|root-x86-64(-verity)?\.[0-9a-f]{32}\.raw(\.zst)?)"
+PARTS = r"gateway_[0-9A-Za-z.~+-]{1,64}\.(efi|root-x86-64(-verity)?\.[0-9a-f]{32}\.raw(\.gz)?)"
 UPDATE_FILES = rf"{PARTS}|SHA256SUMS(\.gpg)?"
 
 

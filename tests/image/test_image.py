@@ -31,6 +31,15 @@ def test_everything_beside_the_image_is_what_its_checksum_says(built: Path) -> N
     assert wanted <= listed
 
 
+def test_the_parts_of_an_update_are_compressed_as_the_gateway_can_unpack_them(built: Path) -> None:
+    """systemd-sysupdate 257 knows gzip and xz; zstd it writes to the slot as it is, and nothing boots."""
+    parts = list(built.parent.glob(f"{built.stem}.root-*"))
+    assert len(parts) == 2
+    for part in parts:
+        with part.open("rb") as file:
+            assert file.read(2) == b"\x1f\x8b", part
+
+
 def test_the_manifest_lists_packages_with_their_versions(built: Path) -> None:
     packages = json.loads(built.with_suffix(".manifest").read_text())["packages"]
     versions = {package["name"]: package["version"] for package in packages}

@@ -54,7 +54,7 @@ class Box:
 
     def bring(self, folder: Path, version: str = "0.1.1") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        parts = [f"{version}.efi", f"{version}.root-x86-64.{UUID}.raw.zst"]
+        parts = [f"{version}.efi", f"{version}.root-x86-64.{UUID}.raw.gz"]
         lines = []
         for name in (f"gateway_{part}" for part in parts):
             (folder / name).write_text(name)

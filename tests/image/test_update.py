@@ -211,7 +211,7 @@ def test_an_update_that_nobody_we_know_signed_is_refused(place: Place, images: d
 def send(gateway: Gateway, images: dict[str, Path]) -> None:
     """As the agent's `receive` would leave it."""
     folder = images[NEW].parent
-    names = [path.name for path in folder.glob("gateway_*.root-*.zst")]
+    names = [path.name for path in folder.glob("gateway_*.root-*.gz")]
     names += [f"gateway_{NEW}.efi", "SHA256SUMS", "SHA256SUMS.gpg"]
     tar = subprocess.run(["tar", "-C", str(folder), "-c", *names], stdout=subprocess.PIPE, check=True).stdout
     subprocess.run(

@@ -18,7 +18,7 @@ from tests.provision.test_push import Lab
 UUID = "0123456789abcdef" * 2
 PARTS = {
     "gateway_0.2.0.efi": b"kernel",
-    f"gateway_0.2.0.root-x86-64.{UUID}.raw.zst": b"root" * 1000,
+    f"gateway_0.2.0.root-x86-64.{UUID}.raw.gz": b"root" * 1000,
     f"gateway_0.2.0.root-x86-64-verity.{UUID}.raw": b"hashes",
 }
 
