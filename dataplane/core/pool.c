@@ -47,7 +47,7 @@ void nat_portsets_init(struct nat_engine *e, void *mem, uint64_t max_sessions)
 
 /* ---- finding and making sets ---- */
 
-static uint32_t *chain_of(struct nat_engine *e, uint32_t address_be, uint32_t remote_be,
+static uint32_t *chain_of(const struct nat_engine *e, uint32_t address_be, uint32_t remote_be,
 			  uint16_t remote_port_be, uint8_t protocol)
 {
 	uint64_t hash = nat_hash64(&e->index.key, (uint64_t)address_be << 32 | remote_be,
@@ -55,7 +55,7 @@ static uint32_t *chain_of(struct nat_engine *e, uint32_t address_be, uint32_t re
 	return &e->portsets.bucket[hash & e->portsets.bucket_mask];
 }
 
-static struct nat_portset *find_set(struct nat_engine *e, uint32_t address_be, uint32_t remote_be,
+static struct nat_portset *find_set(const struct nat_engine *e, uint32_t address_be, uint32_t remote_be,
 				    uint16_t remote_port_be, uint8_t protocol)
 {
 	if (e->portsets.n_used == 0)
@@ -303,12 +303,18 @@ static uint32_t next_open_word(const struct nat_portset *set, uint32_t from, uin
 	return NAT_PORT_WORDS;
 }
 
-/* One of the `open` ports of a word, chosen by chance. */
-static uint16_t take_from_word(struct nat_portset *set, uint32_t word, uint64_t open, uint64_t chance)
+/* One of the `open` bits, chosen by chance. */
+static uint32_t choose_bit(uint64_t open, uint64_t chance)
 {
 	const unsigned turn = (unsigned)(chance & 63);
 	const uint64_t turned = turn ? open >> turn | open << (64 - turn) : open;
-	const uint32_t bit = (NAT_CTZ64(turned) + turn) % 64;
+
+	return (NAT_CTZ64(turned) + turn) % 64;
+}
+
+static uint16_t take_from_word(struct nat_portset *set, uint32_t word, uint64_t open, uint64_t chance)
+{
+	const uint32_t bit = choose_bit(open, chance);
 
 	set->taken[word] |= UINT64_C(1) << bit;
 	if (set->taken[word] == UINT64_MAX)
@@ -404,12 +410,30 @@ static uint64_t random_at(const struct nat_engine *e, uint64_t counter)
 	return NAT_LIKELY(i < e->ahead.n) ? e->ahead.value[i] : nat_sip64(&e->random.key, counter);
 }
 
+/* What take_pattern() would take from the first word with room that it comes by; 0 if it has to look on. */
+static uint32_t port_of_set(const struct nat_portset *set, struct span span, uint64_t chance)
+{
+	const uint32_t first_word = span.first / 64u, last_word = span.last / 64u;
+	const uint32_t start = first_word + nat_scale32((uint32_t)(chance >> 32), last_word - first_word + 1);
+	const uint32_t word = next_open_word(set, start, last_word);
+
+	if (word == NAT_PORT_WORDS || !has_bit(set->known, word))
+		return 0;
+	const uint64_t open = ~set->taken[word] & ports_in_range(word, span.first, span.last);
+	return open ? word * 64 + choose_bit(open, chance) : 0;
+}
+
 uint16_t nat_port_forecast(const struct nat_engine *e, const struct nat_tuple *outside, uint32_t ahead,
 			   uint16_t first, uint16_t last, bool alike, uint16_t like_be)
 {
 	const struct span all = {first, last}, span = alike ? class_of(all, like_be) : all;
 	const struct ours ours = ours_of(e, outside);
 	const uint64_t chance = random_at(e, e->random.counter + ahead);
+	const struct nat_portset *set = find_set(e, outside->local_be, outside->remote_be,
+						 outside->remote_port_be, outside->protocol);
+
+	if (NAT_UNLIKELY(set != NULL) && !alike)
+		return NAT_HTON16(port_of_set(set, all, chance));
 	return NAT_HTON16(port_of_ours(&ours, (uint32_t)chance, span, alike, like_be));
 }
 
