@@ -12,7 +12,6 @@ at worst an address is announced by nobody, never by two.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 
 from provision import cluster, slices
@@ -109,5 +108,9 @@ def _end_sessions(rollout: Rollout, leaving: list[Move]) -> None:
 
 
 def _ask(rollout: Rollout, name: str, request: dict[str, object]) -> None:
-    with suppress(GatewayError), rollout.dial(name) as remote:
-        remote.ask({**request, "owner": rollout.order.owner}, deadline_s=FACTS_S)
+    """A step that may fail without harm to what is announced, but not unheard."""
+    try:
+        with rollout.dial(name) as remote:
+            remote.ask({**request, "owner": rollout.order.owner}, deadline_s=FACTS_S)
+    except GatewayError as error:
+        rollout.say(name, f"{request['do']} failed: {error}")

@@ -39,7 +39,7 @@ from provision.model import Fleet
 from provision.plan import Running
 from provision.plan import plan as make_plan
 from provision.push import AgentRefused, Order, Remote, Result, gather
-from provision.render import Rendered, render
+from provision.render import ENGINE, Rendered, render
 from provision.rollout import Budget, Rollout
 from provision.validate import validate
 from tests.lab import Lab, LabError, Netns, Program, new_lab, run, wait_until
@@ -85,6 +85,19 @@ MEMBER = """\
       outside0: {{role: outside, path: nfqueue, addresses: [198.51.100.{n}/24]}}
 """
 
+# two more gateways that are one member: its slice has a standby, which holds the sessions by sync
+PAIR = """\
+pairs:
+  edge:
+    cluster: north
+    vrrp:
+      advert_interval: 100ms
+      instances:
+        inside0: {id: 10, addresses: [100.64.0.101/24]}
+        outside0: {id: 20, addresses: [198.51.100.101/24]}
+"""
+HALVES = (6, 7)
+
 ROUTER = """\
 router id {address};
 log "{log}" all;
@@ -109,7 +122,7 @@ class Here(Machine):
 
     def __init__(self, gateway: Member) -> None:
         super().__init__(gateway.root, str(gateway.socket))
-        self.gateway, self.drain_file = gateway, gateway.root / "drain"
+        self.gateway, self.drain_file = gateway, gateway.root / "run/dsnat-drain"
         self.connection: float | None = None
 
     def run(self, argv: list[str], timeout_s: float = 150.0) -> tuple[int, str]:
@@ -154,6 +167,7 @@ class Member:
         self.root = lab.lab.directory / self.name
         self.socket, self.bird_socket = self.root / "dsnatd.sock", self.root / "bird.ctl"
         (self.root / "generations/0").mkdir(parents=True)
+        (self.root / "run").mkdir()
         (self.root / "generations/current").symlink_to("0")
         self.programs: dict[str, Program] = {}
         self.machine = Here(self)
@@ -183,10 +197,19 @@ class Member:
         )
         self.programs["announce"] = self.space.start(
             *("env", f"PYTHONPATH={ROOT}", f"DSNAT_ROOT={self.root}", f"DSNAT_SOCKET={self.socket}"),
-            *(f"DSNAT_ETC={here}", f"DSNAT_DRAIN={self.root / 'drain'}"),
+            *(f"DSNAT_ETC={here}", f"DSNAT_DRAIN={self.machine.drain_file}"),
             *(sys.executable, "-m", "provision.agent", "announce"),
             log=f"{self.name}-announce.log",
         )
+        if (here / "keepalived.conf").exists():
+            # Its own /run: there is the file that `drain` writes.
+            mount = f"mount --bind {self.root / 'run'} /run"
+            keepalived = f"exec keepalived -n -l -f {here / 'keepalived.conf'}"
+            pids = "-p /run/keepalived.pid -r /run/vrrp.pid"
+            self.programs["keepalived"] = self.space.start(
+                *("unshare", "-m", "sh", "-c", f"{mount} && {keepalived} {pids}"),
+                log=f"{self.name}-keepalived.log",
+            )
 
     def alive(self, unit: str) -> bool:
         program = self.programs.get(unit.removesuffix(".service"))
@@ -215,7 +238,7 @@ class Cluster:
         self, lab: Lab, program: Path, *, hashing: str = "resilient", bfd_ms: int = 300, grace: str = "1s"
     ) -> None:
         self.lab, self.program, self.hashing = lab, program, hashing
-        self.bfd_ms, self.grace = bfd_ms, grace
+        self.bfd_ms, self.grace, self.standby = bfd_ms, grace, False
         self.weights: dict[int, int] = {}
         self.members: dict[str, Member] = {}
         self.file = lab.directory / "fleet.yaml"
@@ -226,6 +249,10 @@ class Cluster:
             lab.bridge(router, "lan")
             router.ip(f"address add {address} dev lan")
             router.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.fib_multipath_hash_policy=1")
+        # Between namespaces a packet keeps the hash that its socket gave it, and routers use that one; the
+        # socket would choose another when it sends again. On a wire only the packet itself counts.
+        for space in (self.hosts, self.server):
+            space.run("sysctl", "-qw", "net.core.txrehash=0")
         lab.wire(self.hosts, "eth0", self.inside, "hosts")
         self.hosts.ip("address add 100.127.0.2/30 dev eth0")
         self.inside.ip("address add 100.127.0.1/30 dev hosts")
@@ -302,6 +329,14 @@ class Cluster:
     def fleet(self) -> Fleet:
         text = HEAD.format(hashing=self.hashing, grace=self.grace, hosts=HOSTS, bfd=f"{self.bfd_ms}ms")
         text += "".join(MEMBER.format(n=n, weight=w) for n, w in self.weights.items())
+        if self.standby:
+            halves = "".join(MEMBER.format(n=n, weight=1) for n in HALVES)
+            for n in HALVES:
+                own = f"    cluster: north\n    weight: 1\n    management: {{address: 192.0.2.{n}}}"
+                assert own in halves
+                half = f"    pair: edge\n    priority: {200 - n}\n    management: {{address: 192.0.2.{n}}}"
+                halves = halves.replace(own, half)
+            text = text.replace("gateways:\n", f"{PAIR}gateways:\n") + halves
         self.file.write_text(text)
         fleet, source = load(self.file)
         assert not [p for p in validate(fleet, source) if not p.warning]
@@ -319,6 +354,8 @@ class Cluster:
     def push(self, *numbers: int, weights: Mapping[int, int] | None = None) -> list[Result]:
         """fleet.yaml with these gateways, carried out as `dsnat-fleet push` does."""
         self.weights = {n: (weights or {}).get(n, 1) for n in numbers}
+        if self.standby:
+            numbers = (*numbers, *HALVES)
         new = [n for n in numbers if f"gw{n}" not in self.members]
         for n in new:
             self.members[f"gw{n}"] = Member(self, n)
@@ -344,7 +381,7 @@ class Cluster:
         generation = self.members[name].root / "generations/1"
         for file, value in rendered.files.items():
             (generation / file).parent.mkdir(parents=True, exist_ok=True)
-            (generation / file).write_text(value.text)
+            (generation / file).write_text(value.text + self._sync(name) * (file == ENGINE))
         sums = {file: value.sha256 for file, value in rendered.files.items()}
         manifest = {"schema": 1, "base": 0, "hardware": rendered.hardware, "files": sums}
         (generation / "generation.json").write_text(json.dumps(manifest))
@@ -353,6 +390,18 @@ class Cluster:
         link.symlink_to("1")
         self.members[name].start()
         return Result(name, "confirmed", "", 1)
+
+    def _sync(self, name: str) -> str:
+        """The two halves of a pair tell each other their sessions, here over the outside."""
+        number = int(name.removeprefix("gw"))
+        if not self.standby or number not in HALVES:
+            return ""
+        peer = next(n for n in HALVES if n != number)
+        key = self.members[name].root / "sync.key"
+        key.write_text("8f3c" * 16 + "\n")
+        key.chmod(0o600)
+        ends = f"peer: 198.51.100.{peer}, listen: 198.51.100.{number}"
+        return f'sync: {{{ends}, key: "file:{key}", hold_back: 0s}}\n'
 
     # -- what is to be seen --
 
@@ -645,6 +694,63 @@ class Story:
         return time.monotonic() - begun
 
 
+def with_standby(lab: Cluster, count: int) -> list[Event]:
+    """Three gateways alone and one pair. What happens to the pair's master costs no connection."""
+    lab.standby = True
+    assert all(result.good for result in lab.push(1, 2, 3))
+    names = ["gw1", "gw2", "gw3", "gw101"]
+    first, second = (f"gw{n}" for n in HALVES)
+    print(f"in use after {lab.await_settled(*names):.1f} s")
+    flows = Flows(lab, count)
+
+    def held(name: str) -> int:
+        return lab.members[name].sessions()
+
+    def equal() -> bool:
+        answer = lab.members[first].machine.engine({"cmd": "show", "what": "sync"})
+        return bool(answer["in_sync"]) and not answer["waiting"] and not answer["on_the_way"]
+
+    def event(name: str, act: Callable[[], None], predicted: int) -> Event:
+        flows.ask("mark")
+        begun = time.monotonic()
+        act()
+        seconds = time.monotonic() - begun
+        found = flows.judged()
+        counts = found["reset"], found["silent"], found["kept"]
+        happened = Event(name, predicted, *counts, flows.ask("again")["again"], seconds, True)
+        print(happened.row(), flush=True)
+        return happened
+
+    wait_until("both of the pair to have the same sessions", equal, deadline_s=60)
+    print(f"{count} flows; {first} {held(first)}, its standby {second} {held(second)}\n{HEADS}")
+    fleet = lab.fleet()
+
+    def drain_it() -> None:
+        print("   ", drain(fleet, first, lab.dial, on=True))
+
+    def take_back() -> None:
+        drain(fleet, first, lab.dial, on=False)
+        lab.members[second].machine.write_drain(True)
+        wait_until(
+            "the addresses to come back", lambda: "100.64.0.101" in lab.members[first].space.ip("address")
+        )
+        lab.members[second].machine.write_drain(False)
+
+    found = [event(f"drain {first}, a pair's", drain_it, 0)]
+    wait_until("the same sessions on both again", equal, deadline_s=60)
+    found.append(event(f"and back to {first}", take_back, 0))
+    wait_until("the same sessions on both again", equal, deadline_s=60)
+    found.append(event(f"power off {first}", lab.members[first].kill, 0))
+    alone = held("gw3")
+
+    def drain_alone() -> None:
+        drain(fleet, "gw3", lab.dial, on=True)
+        wait_until("the routers to follow", lambda: "gw3" not in lab.next_hops())
+
+    found.append(event("drain gw3, alone", drain_alone, alone))
+    return found
+
+
 def throughput(lab: Cluster, seconds: int = 5) -> str:
     """128 TCP streams of iperf3 through all gateways, and the share of each by its outside interface."""
 
@@ -685,13 +791,14 @@ def main() -> int:
     )
     parser.add_argument("--flows", type=int, default=1000)
     parser.add_argument("--hashing", choices=["resilient", "threshold"], default="resilient")
+    parser.add_argument("--standby", action="store_true", help="a pair among the members, and its faults")
     parser.add_argument("--bfd-ms", type=int, default=300)
     parser.add_argument("--program", type=Path, default=ROOT / ".build/engine/dsnatd")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="dsnat-cluster-"))
     with new_lab(folder) as made:
         lab = Cluster(made, options.program, hashing=options.hashing, bfd_ms=options.bfd_ms)
-        events = tell(lab, options.flows)
+        events = (with_standby if options.standby else tell)(lab, options.flows)
     return 0 if all(event.right for event in events) else 1
 
 

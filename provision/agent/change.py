@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from pathlib import Path
 
 from .disk import digest_of_files
 from .look import status
 from .protocol import Json, Refused, line_in, number_in
-from .services import actions_between, await_health, play
+from .services import ENGINE, actions_between, await_health, play, pool_addresses
 from .stage import stage
 from .state import State
 from .undo import alone, put_back
@@ -177,14 +177,13 @@ def clear(state: State, request: Json) -> Json:
         raise Refused("usage", '"outside" must be a list of prefixes')
     try:
         gone = [IPv4Network(text) for text in wanted]
-        pools = state.machine.engine({"cmd": "show", "what": "pools"})["pools"]
-        own = {IPv4Address(a["address"]) for pool in pools for a in pool["addresses"]}
-        for net in gone:
-            if any(address in own for address in net):
-                raise Refused("usage", f"{net} has addresses of this gateway; only those that left are ended")
-        ended = [state.machine.engine({"cmd": "clear", "outside": str(net)}, 30.0) for net in gone]
     except ValueError as error:
         raise Refused("usage", str(error)) from error
+    own = pool_addresses(state.generations / "current" / ENGINE)
+    for net in gone:
+        if any(low <= int(net.broadcast_address) and int(net.network_address) <= high for low, high in own):
+            raise Refused("usage", f"{net} has addresses of this gateway; only those that left are ended")
+    ended = [state.machine.engine({"cmd": "clear", "outside": str(net)}, 30.0) for net in gone]
     total = sum(int(answer["cleared"]) for answer in ended)
     state.machine.log(f"ended {total} sessions on {', '.join(wanted)} owner={line_in(request, 'owner')}")
     return {"cleared": total}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 
 from .protocol import Json
 from .state import State
@@ -115,3 +118,16 @@ def engine_ill(state: State) -> str | None:
 def unit_ill(state: State, unit: str) -> str | None:
     _, text = state.machine.run(["systemctl", "is-active", f"{unit}.service"], 10.0)
     return None if text == "active" else f"{unit}.service is {text}"
+
+
+def pool_addresses(file: Path) -> list[tuple[int, int]]:
+    """First and last address of everything that the pools of a dsnatd.yaml of ours have. The engine itself
+    also lists those that have left, as long as sessions use them.
+    """
+    found: list[tuple[int, int]] = []
+    for listed in re.findall(r"(?m)^    addresses:\n((?:      .*\n)+)", file.read_text()):
+        for word in re.findall(r"(?m)^      - (?:range: )?([0-9][0-9./-]*)$", listed):
+            low, _, high = word.partition("-")
+            net = IPv4Network(low)
+            found.append((int(net[0]), int(IPv4Address(high)) if high else int(net[-1])))
+    return found

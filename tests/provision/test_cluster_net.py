@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from provision import cluster
-from tests.cluster import OUR_AS, Cluster, Event, Flows, Story
+from tests.cluster import OUR_AS, Cluster, Event, Flows, Story, with_standby
 from tests.lab import Lab, wait_until
 
 pytestmark = pytest.mark.net
@@ -25,7 +25,7 @@ def judge(event: Event) -> None:
 
 @pytest.mark.timeout(300)
 def test_hosts_count_the_resets_that_the_plan_announced(lab: Lab, program: Callable[[str], Path]) -> None:
-    made = Cluster(lab, program("dsnatd"), hashing="resilient")
+    made = Cluster(lab, program("dsnatd"), bfd_ms=1000)  # a busy machine is not ill
     made.push(1, 2, 3, 4)
     made.await_settled(*FOUR)
     assert len(made.slices()) == 4
@@ -38,6 +38,12 @@ def test_hosts_count_the_resets_that_the_plan_announced(lab: Lab, program: Calla
     running = made.look(made.fleet())
     assert cluster.twice(made.fleet(), running) == []
     assert all("gw1" in text for text in cluster.strangers(made.fleet(), running))
+
+
+@pytest.mark.timeout(300)
+def test_a_slice_with_a_standby_loses_no_connection(lab: Lab, program: Callable[[str], Path]) -> None:
+    for event in with_standby(Cluster(lab, program("dsnatd"), bfd_ms=1000), 200):
+        judge(event)
 
 
 @pytest.mark.timeout(120)
