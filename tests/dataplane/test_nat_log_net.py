@@ -77,7 +77,12 @@ class Site:
         wait_until(
             "all sessions to end", lambda: self.gateway.counters()["sessions"] == 0, deadline_s=deadline_s
         )
-        wait_until("the log to go out", lambda: self.log()["records_queued"] == 0, deadline_s=deadline_s)
+
+        def is_out() -> bool:
+            log = self.log()
+            return log["records_sent"] + log["records_lost"] == log["told"]
+
+        wait_until("the log to go out", is_out, deadline_s=deadline_s)
         return self.log()
 
     def truth(self) -> Counter[Mapping]:
