@@ -190,7 +190,7 @@ def flood(count: int) -> None:
         ether = mac + b"\x02\0\0\0\0\1\x08\0"
         for n in range(count):
             near = f"100.64.{1 + n // 50_000}.{1 + n % 250}:{1024 + n // 250 % 60_000}"
-            raw.send(ether + explain.packet("udp", near, f"{SERVER}:{5000 + n % 3}"))
+            raw.send(ether + explain.packet("udp", near, f"{SERVER}:{5000 + n % 8}"))
             if n % 64 == 0:
                 time.sleep(0.001)  # a receive ring of af_packet is small
 
