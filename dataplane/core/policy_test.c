@@ -1,7 +1,5 @@
 /* Zones by interval agree with the list read from top to bottom, for random lists of overlapping prefixes. */
 #include <assert.h>
-#include <stdio.h>
-#include <time.h>
 
 #include "testbed.h"
 
@@ -18,50 +16,9 @@ static uint32_t by_reading(const struct nat_config *config, uint32_t source, uin
 	return NAT_NO_ZONE;
 }
 
-/* The least time of five rounds of look-ups among so many zones of one host each. */
-static double seconds_among(uint32_t n_zones)
-{
-	static struct nat_zone_config zone[60000];
-	struct nat_random random = {nat_key_from_seed(5, 't'), 0};
-	struct testbed t;
-	double least = 1e9;
-
-	testbed_config(&t, 4, 1024, 65535, 1024);
-	for (uint32_t z = 0; z < n_zones; z++)
-		zone[z] = (struct nat_zone_config){.source = {ADDRESS(100, 64, 0, 0) + z * 2, 32},
-						   .action = NAT_ACTION_POOL};
-	t.config.zones = zone;
-	t.config.n_zones = n_zones;
-	struct nat_policy *policy =
-		nat_policy_init(testbed_memory(nat_policy_size(&t.config)), &t.config, NULL);
-	for (uint32_t round = 0; round < 5; round++) {
-		const clock_t begun = clock();
-		for (uint32_t i = 0; i < 100000; i++) {
-			const uint32_t z = (uint32_t)(nat_random_next(&random) % n_zones);
-			assert(nat_policy_zone(policy, ADDRESS(100, 64, 0, 0) + z * 2, 1) == z);
-			assert(nat_policy_zone(policy, ADDRESS(100, 64, 0, 0) + z * 2 + 1, 1) == NAT_NO_ZONE);
-		}
-		const double spent = (double)(clock() - begun) / CLOCKS_PER_SEC;
-		least = spent < least ? spent : least;
-	}
-	free(policy);
-	return least;
-}
-
-/* 6,000 times as many zones: a walk along the list would take thousands of times as long, a search some steps more. */
-static void test_zones_stay_flat(void)
-{
-	const double few_s = seconds_among(10), many_s = seconds_among(60000);
-
-	printf("100,000 look-ups: %.0f us among 10 zones, %.0f us among 60,000\n", few_s * 1e6, many_s * 1e6);
-	assert(many_s < 20 * few_s);
-}
-
 int main(void)
 {
 	struct nat_random random = {nat_key_from_seed(3, 't'), 0};
-
-	test_zones_stay_flat();
 
 	for (uint32_t round = 0; round < 60; round++) {
 		static struct nat_zone_config zone[400];
