@@ -132,9 +132,12 @@ def new_peer(
     key = lab.directory / f"{name}.key"
     key.write_text(KEY + "\n")
     key.chmod(0o600)
+    # both may have other workers than the peer
     sync = f"sync: {{peer: {SYNC}{5 - number}, listen: {SYNC}{number}, key: file:{key}, hold_back: 1s}}\n"
     file = lab.directory / f"{name}.yaml"
-    file.write_text(config(interfaces=DPDK_INTERFACES, sessions=sessions, rest=REST + sync))
+    file.write_text(
+        config(workers=number - 1, interfaces=DPDK_INTERFACES, sessions=sessions, rest=REST + sync)
+    )
     control = Path("/tmp", f"{lab.prefix}-{name}.sock")
     table = Path("/dev/shm", f"{lab.prefix}-{name}.sessions")
     standing = Path(f"{control}.vrrp")
@@ -234,20 +237,25 @@ class Connections:
 
         wait_until("the server to listen", lambda: f":{self.port}" in self.pair.server.run("ss", "-ltn"))
         self.pair.client.inside(connect)
-        for one in self.sockets:
-            self.ask(one)
+        self.ask(self.sockets)
         assert not self.lost
         if self.talking:
             threading.Thread(target=self.talk, daemon=True).start()
             wait_until("the first echoes", lambda: len(self.echoed_s) > 2 * self.talking)
 
-    def ask(self, one: socket.socket) -> None:
-        try:
-            one.send(b"?")
-            if one.recv(100) != b"?":
-                self.lost.append("ended by the other side")
-        except OSError as error:
-            self.lost.append(str(error))
+    def ask(self, some: list[socket.socket]) -> None:
+        """A byte on each of them, and back."""
+        for one in some:
+            try:
+                one.send(b"?")
+            except OSError as error:
+                self.lost.append(str(error))
+        for one in some:
+            try:
+                if one.recv(100) != b"?":
+                    self.lost.append("ended by the other side")
+            except OSError as error:
+                self.lost.append(str(error))
 
     def talk(self) -> None:
         """All the talking ones at once: the longest time without any echo is the dark time."""
@@ -283,8 +291,7 @@ class Connections:
         return max(after - before for before, after in itertools.pairwise(at))
 
     def all_live(self) -> None:
-        for one in self.sockets[: self.idle]:
-            self.ask(one)
+        self.ask(self.sockets[: self.idle])
         assert not self.lost, (
             f"{len(self.lost)} of {self.idle + self.talking} connections lost: {self.lost[:3]}"
         )
