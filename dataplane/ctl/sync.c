@@ -215,7 +215,11 @@ static void take_acks(struct sync *s, const struct sync_head *head)
 			continue;
 		const uint64_t behind = head->ack - flight->number;
 		if (behind < SYNC_ACK_BITS && (head->ack_bits[behind / 64] >> (behind % 64) & 1)) {
-			s->wait_ns = WAIT_MIN_NS;
+			/* a peer that is short of CPU answers late: what it has need not be told twice */
+			s->answer_ns = (7 * s->answer_ns + (clock_ns() - flight->sent_ns)) / 8;
+			s->wait_ns = 4 * s->answer_ns < WAIT_MIN_NS   ? WAIT_MIN_NS
+				     : 4 * s->answer_ns > WAIT_MAX_NS ? WAIT_MAX_NS
+								      : 4 * s->answer_ns;
 			flight_done(s, flight);
 		} else if (behind >= OVERTAKEN) {
 			flight_lost(s, flight);

@@ -58,7 +58,7 @@ struct sync {
 	enum sync_bulk bulk;
 	uint64_t bulk_cursor, bulk_number;
 	uint32_t bulk_worker;
-	uint64_t wait_ns; /* for an acknowledgement */
+	uint64_t wait_ns, answer_ns; /* for an acknowledgement; how long one takes, smoothed */
 	struct sync_range *range;
 	uint32_t next_range, n_open, rounds;
 	struct sync_compare open[SYNC_RANGES_OPEN]; /* number 0: free */
