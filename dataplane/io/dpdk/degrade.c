@@ -40,12 +40,19 @@ static int ask(unsigned long request, struct ifreq *argument)
 	return status;
 }
 
+/* A longer one names no interface: what is asked of it then fails. */
+static void put_name(char to[IFNAMSIZ], const char *name)
+{
+	memset(to, 0, IFNAMSIZ);
+	memcpy(to, name, strnlen(name, IFNAMSIZ - 1));
+}
+
 static bool is_twin(const char *name)
 {
 	struct ethtool_drvinfo driver = {.cmd = ETHTOOL_GDRVINFO};
 	struct ifreq request = {.ifr_data = (char *)&driver};
 
-	strncpy(request.ifr_name, name, sizeof request.ifr_name - 1);
+	put_name(request.ifr_name, name);
 	return !ask(SIOCETHTOOL, &request) && !strcmp(driver.driver, "tun");
 }
 
@@ -78,17 +85,17 @@ static int rename_link(const char *from, const char *to)
 	struct ifreq request = {0};
 	int status;
 
-	strncpy(request.ifr_name, from, sizeof request.ifr_name - 1);
+	put_name(request.ifr_name, from);
 	if ((status = ask(SIOCGIFFLAGS, &request)))
 		return status;
 	request.ifr_flags &= (short)~IFF_UP;
 	if ((status = ask(SIOCSIFFLAGS, &request)))
 		return status;
-	strncpy(request.ifr_newname, to, sizeof request.ifr_newname - 1);
+	put_name(request.ifr_newname, to);
 	if ((status = ask(SIOCSIFNAME, &request)))
 		return status;
 	memset(&request, 0, sizeof request);
-	strncpy(request.ifr_name, to, sizeof request.ifr_name - 1);
+	put_name(request.ifr_name, to);
 	if ((status = ask(SIOCGIFFLAGS, &request)))
 		return status;
 	request.ifr_flags |= IFF_UP;
@@ -111,7 +118,7 @@ static bool interface_of_pci(const char *device, char *name, size_t bytes)
 	bool found = false;
 
 	for (size_t i = 0; i < sizeof where / sizeof *where && !found; i++) {
-		char pattern[128];
+		char pattern[256];
 		glob_t files;
 
 		snprintf(pattern, sizeof pattern, PCI "devices/%s/%s/*", device, where[i]);
@@ -127,7 +134,7 @@ static bool interface_of_pci(const char *device, char *name, size_t bytes)
 static bool give_back(const char *device, char *name, size_t bytes)
 {
 	static const struct timespec nap = {.tv_nsec = PROBE_MS * 1000000};
-	char path[128];
+	char path[256];
 
 	if (interface_of_pci(device, name, bytes))
 		return true;
