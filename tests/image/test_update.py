@@ -38,7 +38,7 @@ OLD, NEW = "0.1.1", "0.1.2"
 PATIENCE_S = 2400
 DROP_INS = {
     "dsnatd.service": "[Service]\nExecStartPre=/bin/sh -c '! { [ -e /var/lib/dsnat/break-it ] "
-    f"&& grep -q ^IMAGE_VERSION={NEW} /usr/lib/os-release; }}'\n",
+    f"&& grep -q ^IMAGE_VERSION=.*{NEW} /usr/lib/os-release; }}'\n",
     # an emulated machine on a busy host
     "dsnat-healthy.service": "[Service]\nEnvironment=DSNAT_HEALTHY_S=900\n",
 }
