@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,7 @@ def _rotate(options: Options, fleet: Fleet, names: list[str], *, yes: bool) -> N
 
 def _rotate_one(options: Options, fleet: Fleet, name: str, place: Path, owner: str, window_s: int) -> str:
     from provision.push import FACTS_S, dialer
-    from provision.ssh import GatewayError
+    from provision.ssh import GatewayError, Unreachable
 
     common = {"do": "rekey", "owner": owner}
     with dialer(fleet, options.directory)(name) as remote:
@@ -120,8 +121,16 @@ def _rotate_one(options: Options, fleet: Fleet, name: str, place: Path, owner: s
     # control has the old line; the other way round the only copy of the new key would be lost.
     _replace(place, before.replace(old, new))
     try:
-        with dialer(changed, options.directory)(name) as remote:
-            remote.ask({**common, "step": "keep"}, deadline_s=FACTS_S)
+        end = time.monotonic() + window_s / 2
+        while True:
+            try:
+                with dialer(changed, options.directory)(name) as remote:
+                    remote.ask({**common, "step": "keep"}, deadline_s=FACTS_S)
+                break
+            except Unreachable:  # sshd takes a moment to start anew
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
     except GatewayError:
         _replace(place, before)
         raise
