@@ -69,7 +69,8 @@ def test_top_without_a_terminal_says_what_to_do(ctl: Ctl, engine: Bench) -> None
 def test_top_is_a_live_screen_that_ends_with_q(engine: Bench, path: Path) -> None:
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
-    there = os.environ | {"PYTHONPATH": str(Path(words.__file__).parents[1]), "TERM": "xterm"}
+    there = {key: value for key, value in os.environ.items() if key not in ("LINES", "COLUMNS")}
+    there |= {"PYTHONPATH": str(Path(words.__file__).parents[1]), "TERM": "xterm"}
     argv = [sys.executable, "-m", "dsnatctl", "top", "--seconds", "0.1", "--socket", str(path)]
     live = subprocess.Popen(argv, stdin=terminal, stdout=terminal, stderr=terminal, env=there)
     os.close(terminal)
