@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--scenarios", action="store_true", help="also the long boots: updates, NIC models, faults"
     )
+    parser.addoption("--flood-seconds", type=float, default=10, help="how long VRRP is under a flood")
     parser.addoption("--hybrid-seconds", type=float, default=10, help="how long 200 clients talk at once")
     parser.addoption("--log-sessions", type=int, default=10_000, help="sessions that collectors are told of")
     parser.addoption("--log-rate", type=int, default=5_000, help="of them in a second")

@@ -127,9 +127,15 @@ def new_member(
     settings = lab.directory / f"{name}-keepalived.conf"
     settings.write_text(text)
     settings.chmod(0o600)
-    pids = [f"--{kind}={lab.directory / f'{name}-{kind}'}" for kind in ("pid", "vrrp_pid", "checkers_pid")]
+    return Member(name, gateway, start_keepalived(space, name, "first"))
+
+
+def start_keepalived(space: Netns, name: str, which: str) -> Program:
+    directory = space.lab.directory
+    settings = directory / f"{name}-keepalived.conf"
+    pids = [f"--{kind}={directory / f'{name}-{kind}'}" for kind in ("pid", "vrrp_pid", "checkers_pid")]
     argv = ("keepalived", "--dont-fork", "--log-console", "--vrrp", f"--use-file={settings}", *pids)
-    return Member(name, gateway, space.start(*argv, log=f"{name}-keepalived.log"))
+    return space.start(*argv, log=f"{name}-keepalived-{which}.log")
 
 
 def new_pair(lab: Lab, program: Path, *, advert_s: float, sessions: int = 10_000) -> Pair:
@@ -233,12 +239,28 @@ def test_a_pair_fails_over_and_upstream_neighbour_entries_move(
     pair.close()
 
 
-def test_adverts_go_on_while_the_data_path_is_saturated_and_every_session_is_taken(
+def test_a_keepalived_that_is_restarted_gives_the_addresses_away_and_takes_them_back(
     lab: Lab, program: Callable[[str], Path]
+) -> None:
+    pair = new_pair(lab, program("dsnatd"), advert_s=0.1)
+    wait_until("a ping", lambda: " 3 received" in ping(pair.client, SERVER))
+    pair.a.keepalived.stop()
+    wait_until("the other to take over", lambda: pair.b.is_master() and pair.b.ours() and not pair.a.ours())
+    wait_until("service by the other", lambda: " 3 received" in ping(pair.client, SERVER))
+    pair.a.keepalived = start_keepalived(pair.a.gateway.space, "a", "second")
+    wait_until(
+        "the first to take them back", lambda: pair.a.is_master() and pair.a.ours() and not pair.b.ours()
+    )
+    wait_until("service by the first", lambda: " 3 received" in ping(pair.client, SERVER))
+    pair.close()
+
+
+def test_adverts_go_on_while_the_data_path_is_saturated_and_every_session_is_taken(
+    lab: Lab, program: Callable[[str], Path], request: pytest.FixtureRequest
 ) -> None:
     pair = new_pair(lab, program("dsnatd"), advert_s=0.1, sessions=2_000)
     wait_until("a ping", lambda: " 3 received" in ping(pair.client, SERVER))
-    seconds = 10
+    seconds: float = request.config.getoption("--flood-seconds")
 
     def flood() -> None:
         until = time.monotonic() + seconds
