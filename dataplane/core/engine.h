@@ -552,6 +552,7 @@ void nat_event_begins(struct nat_engine *e, struct nat_session *s);
 void nat_event_ends(struct nat_engine *e, const struct nat_session *s);
 
 /* The time-outs of the policy in force (engine.c). */
+void nat_engine_set_time(struct nat_engine *e, uint64_t now_ns);
 void nat_engine_set_timeouts(struct nat_engine *e);
 
 /* ---- capture (capture.c), only when e->capture is there ---- */
