@@ -72,7 +72,7 @@ def generation(link: str = GENERATION) -> int:
 
 
 def page(answers: Mapping[str, Json]) -> str:
-    """`answers`: status, workers, pools, zones, ports, counters."""
+    """`answers`: status, workers, pools, zones, ports, counters, sync."""
     out = Page()
     out.gauge("dsnat_up", "1 when the engine answers.", 1)
     _status(out, answers["status"])
@@ -90,6 +90,7 @@ def page(answers: Mapping[str, Json]) -> str:
     for port in answers["ports"]["ports"]:
         _port(out, port)
     _nat_log(out, answers["counters"]["nat_log"])
+    _sync(out, answers["sync"])
     return out.text()
 
 
@@ -107,6 +108,8 @@ def _status(out: Page, status: Json) -> None:
     out.gauge("dsnat_table_records_max", "Size of the session table.", status["max_sessions"])
     text = "1 while every packet is accounted for."
     out.gauge("dsnat_equation_holds", text, int(status["equation"]))
+    text = "1 while the kernel keeps all ports because DPDK did not start."
+    out.gauge("dsnat_degraded", text, int(status["degraded"]))
     text = "Number of the configuration in force; -1: not kept in generations."
     out.gauge("dsnat_configuration_generation", text, generation())
 
@@ -221,6 +224,24 @@ def _nat_log(out: Page, log: Json) -> None:
         out.counter("dsnat_log_connections_total", text, c["connections"], **labels)
 
 
+def _sync(out: Page, sync: Json) -> None:
+    text = "1 when there is a peer to share sessions with."
+    out.gauge("dsnat_sync_configured", text, int(sync["configured"]))
+    for key, text in (
+        ("connected", "1 while the peer is heard; 0 also without a peer."),
+        ("in_sync", "1 while both tables are equal; 0 also without a peer."),
+    ):
+        out.gauge(f"dsnat_sync_{key}", text, int(sync.get(key, False)))
+    if not sync["configured"]:
+        return
+    out.gauge("dsnat_sync_lag_seconds", "Age of the oldest change not yet told.", sync["lag_ms"] / 1000)
+    out.gauge("dsnat_sync_waiting_sessions", "Changes that wait to be told.", sync["waiting"])
+    out.gauge("dsnat_sync_differing_ranges", "Ranges of the table that differ.", sync["differences"])
+    for key in ("told", "heard"):
+        text = "Sessions told to the peer, and heard from it."
+        out.counter("dsnat_sync_sessions_total", text, sync[key], direction=key)
+
+
 def _port(out: Page, port: Json) -> None:
     if "up" not in port:
         return
@@ -251,7 +272,7 @@ def _port(out: Page, port: Json) -> None:
 def scrape(path: str) -> str:
     try:
         with Engine(path, timeout_s=5.0) as engine:
-            shows = ("workers", "zones", "ports", "counters")
+            shows = ("workers", "zones", "ports", "counters", "sync")
             answers = {what: engine.ask(cmd="show", what=what) for what in shows}
             answers["pools"] = engine.ask(cmd="show", what="pools", small=ADDRESSES_MAX)
             return page({"status": engine.ask(cmd="status"), **answers})

@@ -41,6 +41,19 @@ CASES: list[tuple[str, dict[str, str], str, set[str]]] = [
         set(),
     ),
     ("the equation", {"dsnat_equation_holds": "0x20"}, "10m", {"DsnatEquationBroken"}),
+    ("without DPDK", {"dsnat_degraded": "1x20"}, "10m", {"DsnatDegraded"}),
+    (
+        "the peer is gone",
+        {"dsnat_sync_configured": "1x20", "dsnat_sync_connected": "0x20"},
+        "10m",
+        {"DsnatPeerNotHeard"},
+    ),
+    (
+        "there is no peer",
+        {"dsnat_sync_configured": "0x20", "dsnat_sync_connected": "0x20"},
+        "10m",
+        set(),
+    ),
     ("the engine is down", {"dsnat_up": "0x20"}, "10m", {"DsnatDown"}),
     (
         "a pool runs out",
