@@ -28,7 +28,7 @@ SSHD = Path("/usr/sbin/sshd")
 FAKES = {
     "systemctl": """
 verb=$1; shift
-while [ -e "$FAKE/wait" ]; do sleep 0.05; done
+while [ "$verb" != is-active ] && [ -e "$FAKE/wait" ]; do : > "$FAKE/waiting"; sleep 0.05; done
 echo "systemctl $verb $*" >> "$FAKE/calls"
 [ "$verb $*" = "reload ssh.service" ] && kill -HUP "$(cat "$FAKE/../sshd.pid")"
 for unit in "$@"; do

@@ -16,6 +16,7 @@ import pytest
 
 from provision.push import AgentRefused, SshRemote
 from provision.ssh import AuthFailed, HostKeyMismatch, Target, Unreachable, dial
+from tests.lab import wait_until
 from tests.provision.sshd import Gateway, make_key, running, user
 
 pytestmark = pytest.mark.net  # real programs
@@ -223,16 +224,12 @@ def test_ctrl_c_lets_what_is_in_flight_end_and_says_that_nothing_is_armed(gatewa
     with subprocess.Popen(
         argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as push:
-        (gateway.fake / "wait").unlink()  # the look at what runs asks systemctl as well
-        assert push.stdout is not None
-        said = ""
-        while "applying" not in said:
-            said += push.stdout.readline()
-        (gateway.fake / "wait").touch()
+        wait_until("the change to be applied", (gateway.fake / "waiting").exists, deadline_s=40)
         push.send_signal(signal.SIGINT)
-        time.sleep(0.2)  # for the signal to arrive while the change is being applied
+        time.sleep(0.5)  # nothing shows that the signal has arrived; the change waits meanwhile
         (gateway.fake / "wait").unlink()
-        said += push.stdout.read()
+        assert push.stdout is not None
+        said = push.stdout.read()
         assert push.wait(40) == 130, said
     assert "interrupted; nothing is left armed" in said
     assert gateway.current() == 1
