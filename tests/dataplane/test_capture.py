@@ -25,23 +25,6 @@ from tests.replay import CONFIG, Answer, Bench
 OUT = udp("100.64.0.2:4000 > 198.51.100.1:80")
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "control.sock"
-
-
-@pytest.fixture
-def engine(program: Callable[[str], Path], tmp_path: Path, path: Path, seed: int) -> Iterator[Bench]:
-    config = tmp_path / "dsnatd.yaml"
-    config.write_text(CONFIG)
-    with Bench(
-        program("dsnat-replay"), config, seed=seed, log=tmp_path / "log", options=("--socket", str(path))
-    ) as bench:
-        bench.wait(0)
-        yield bench
-        assert bench.close() == 0, (tmp_path / "log").read_text()
-
-
 @dataclass(frozen=True)
 class Block:
     side: str
