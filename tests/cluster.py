@@ -33,7 +33,7 @@ from provision.agent import PROTOCOL, Json, Refused
 from provision.agent.command import reply
 from provision.agent.machine import Machine
 from provision.agent.state import State
-from provision.handover import drain
+from provision.handover import NoHandOver, drain
 from provision.load import load
 from provision.model import Fleet
 from provision.plan import Running
@@ -726,7 +726,14 @@ def with_standby(lab: Cluster, count: int) -> list[Event]:
     fleet = lab.fleet()
 
     def drain_it() -> None:
-        print("   ", drain(fleet, first, lab.dial, on=True))
+        def drained() -> bool:  # a peer that is too busy to say that it is well is asked again, as one would
+            try:
+                print("   ", drain(fleet, first, lab.dial, on=True))
+            except NoHandOver:
+                return False
+            return True
+
+        wait_until("the peer to be well and take over", drained, deadline_s=60)
 
     def take_back() -> None:
         drain(fleet, first, lab.dial, on=False)
