@@ -202,7 +202,11 @@ class Member:
             log=f"{self.name}-announce.log",
         )
         if (here / "keepalived.conf").exists():
-            # Its own /run: there is the file that `drain` writes.
+            # Its own /run: there are the files that `drain` and the engine write.
+            word = self.root / "run/dsnatd/vrrp"
+            word.parent.mkdir(exist_ok=True)
+            word.unlink(missing_ok=True)
+            word.symlink_to(f"{self.socket}.vrrp")
             mount = f"mount --bind {self.root / 'run'} /run"
             keepalived = f"exec keepalived -n -l -f {here / 'keepalived.conf'}"
             pids = "-p /run/keepalived.pid -r /run/vrrp.pid"
