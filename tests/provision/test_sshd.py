@@ -222,7 +222,13 @@ def test_ctrl_c_lets_what_is_in_flight_end_and_says_that_nothing_is_armed(gatewa
     file = fleet(gateway)
     argv = [sys.executable, "-m", "provision", "--file", str(file), "push", "--yes"]
     with subprocess.Popen(
-        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        argv,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell ignores Ctrl-C for what it runs in the background, and so would all that this one starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as push:
         wait_until("the change to be applied", (gateway.fake / "waiting").exists, deadline_s=40)
         push.send_signal(signal.SIGINT)
