@@ -9,10 +9,13 @@ that holds them: if this one dies, the gateway is withdrawn, whatever the reason
 
     state        dsnat-in  dsnat-out
     well         there     there
-    drained      gone      there      an operator asked; sessions that still get here go on
+    drained      gone      there      an operator asked; sessions that still get here go on (of a pair: both stay)
     full         gone      there      for so long no new session found a port, and some wanted one
     ill          gone      gone       the engine does not answer, its numbers do not add up, or it does not
                                       have the addresses that bird.conf announces
+
+Both of a pair announce the address that the master has: where packets go, VRRP says alone. A drained one that
+withdrew could be quicker than the announcement of its peer, and the routers would have no way for a moment.
 
 An engine that does not answer is ill after as long as BFD would wait for a silent neighbour, so that a
 restart that is quicker than that moves no traffic. Well again it is only after it has stayed so (CALM_S).
@@ -90,6 +93,13 @@ def patience_s(bird_conf: Path) -> float:
     return PATIENCE_S
 
 
+def of_a_pair(bird_conf: Path) -> bool:
+    """Whether what is announced leads to the address of the pair's master."""
+    with contextlib.suppress(OSError):
+        return re.search(r"(?m)^ *next hop address ", bird_conf.read_text()) is not None
+    return False
+
+
 class Watch:
     """Looks, and remembers since when."""
 
@@ -118,7 +128,9 @@ class Watch:
         if self.state in ("", "ill") and now - self._well_since < (CALM_S if self.state else 0.0):
             return self.state
         if self.machine.is_drained():
-            self._become("drained", "an operator asked for it", inside=False, outside=True)
+            self._become(
+                "drained", "an operator asked for it", inside=of_a_pair(self.bird_conf), outside=True
+            )
         elif self._full:
             self._become("full", "no new session found a port", inside=False, outside=True)
         else:

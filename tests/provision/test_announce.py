@@ -88,6 +88,18 @@ def test_a_drained_gateway_keeps_its_slice(gateway: Gateway) -> None:
     assert gateway.on == {INSIDE, OUTSIDE}
 
 
+def test_a_drained_one_of_a_pair_leaves_the_way_of_packets_to_vrrp(gateway: Gateway) -> None:
+    """Two announcers that look every 100 ms: one must not withdraw before the other has announced."""
+    conf = gateway.watch.bird_conf
+    conf.write_text(
+        f"{CONF}protocol bgp inside1 {{\n    ipv4 {{\n        next hop address 100.64.0.101;\n    }};\n}}\n"
+    )
+    gateway.write_drain(True)
+    gateway.passes(0.2)
+    assert gateway.watch.state == "drained"
+    assert gateway.on == {INSIDE, OUTSIDE}
+
+
 def test_packets_that_do_not_add_up_are_an_illness(gateway: Gateway) -> None:
     gateway.equation = False
     gateway.passes(0.2)
