@@ -9,7 +9,7 @@ that holds them: if this one dies, the gateway is withdrawn, whatever the reason
 
     state        dsnat-in  dsnat-out
     well         there     there
-    drained      gone      there      an operator asked; sessions that still get here go on (of a pair: both stay)
+    drained      gone      there      asked for; sessions that still get here go on (of a pair: both stay)
     full         gone      there      for so long no new session found a port, and some wanted one
     ill          gone      gone       the engine does not answer, its numbers do not add up, or it does not
                                       have the addresses that bird.conf announces
