@@ -43,9 +43,22 @@ LONG = {
     "del-zone": "V", "add-laddr": "P", "del-laddr": "Q", "get-laddr": "G", "restore": "R", "save": "S",
     "help": "h", "version": "v", "numeric": "n", "connection": "c", "tcp-service": "t", "udp-service": "u",
     "fwmark-service": "f", "scheduler": "s", "laddr": "z", "synproxy": "j", "real-server": "r",
-    "weight": "w", "persistent": "p", "fullnat": "b",
+    "weight": "w", "persistent": "p", "fullnat": "b", "netmask": "M", "gatewaying": "g", "ipip": "i",
+    "masquerading": "m", "u-threshold": "x", "l-threshold": "y", "ipv6": "6",
 }  # fmt: skip
 COMMANDS = "AEDCLaedZKVPQGRShv"
+NO_BALANCER = "this gateway translates sources, it is no load balancer"
+BALANCING = {"r": "real servers", "w": "weights", "g": "forwarding methods", "i": "forwarding methods",
+             "m": "forwarding methods", "b": "forwarding methods", "x": "thresholds", "y": "thresholds",
+             "thresholds": "thresholds", "p": "persistence", "M": "persistence",
+             "persistent-conn": "persistence", "pe": "persistence", "o": "one-packet scheduling",
+             "ops": "one-packet scheduling", "6": "IPv6 services"}  # fmt: skip
+LISTS = {"n", "c", "stats", "rate", "timeout", "exact", "sort", "nosort"}
+TAKES = {"A": {"t", "u", "f", "s", "j"}, "E": {"t", "u", "f", "s", "j"}, "D": {"t", "u", "f"}, "C": set(),
+         "L": {"t", "u", "f"} | LISTS, "Z": {"t", "u", "f", "zone"}, "K": {"zone"}, "V": {"zone"},
+         "P": {"t", "u", "f", "zone", "z"}, "Q": {"t", "u", "f", "zone", "z"},
+         "G": {"t", "u", "f", "zone", "n"}, "R": set(), "S": {"n"}, "set": set()}  # fmt: skip
+NAMES = {"t": "service-address", "u": "service-address", "f": "fwmark-service", "z": "local-address"}
 
 
 class UsageError(Exception):
@@ -66,12 +79,10 @@ class Arguments:
         for option, protocol in PROTOCOLS.items():
             if option in self.values:
                 if self.values[option] != SERVICE:
-                    raise UsageError(
-                        f"this gateway translates sources, it is no load balancer: {SERVICE} is its service"
-                    )
+                    raise UsageError(f"{NO_BALANCER}: {SERVICE} is its service")
                 return protocol
         if "f" in self.values:
-            raise UsageError("this gateway has no firewall-mark services; zones choose by source prefix")
+            raise UsageError(f"{NO_BALANCER}: no firewall-mark services; zones choose by source prefix")
         return ""
 
 
@@ -90,8 +101,8 @@ FLAGS = {"zone": True, "set": False, "stats": False, "rate": False, "timeout": F
 
 
 def parse(words: Sequence[str]) -> tuple[Arguments, list[str]]:
-    takes_value = "tufszjrw"
-    short = "".join(f"{c}:" if c in takes_value else c for c in "AEDCLlaedZKVPQGRShvnctufszjrwpgimbo")
+    takes_value = "tufszjrwxyM"
+    short = "".join(f"{c}:" if c in takes_value else c for c in "AEDCLlaedZKVPQGRShvnctufszjrwpgimboxyM6")
     long = [f"{name}=" if letter in takes_value else name for name, letter in LONG.items()]
     long += [f"{name}=" if value else name for name, value in FLAGS.items()]
     try:
@@ -113,7 +124,26 @@ def parse(words: Sequence[str]) -> tuple[Arguments, list[str]]:
             raise UsageError(f"the option {name} is given twice")
         else:
             arguments.values[letter] = value
+    judge(arguments, rest)
     return arguments, rest
+
+
+def judge(arguments: Arguments, rest: Sequence[str]) -> None:
+    """Does the command take these options? The original named the wrong one in its answer, by one."""
+    command, names = arguments.command, {letter: name for name, letter in LONG.items()} | NAMES
+    if command in ("a", "e", "d"):
+        raise UsageError(f"{NO_BALANCER}: there are no real servers")
+    for option in arguments.values:
+        if option in BALANCING:
+            raise UsageError(f"{NO_BALANCER}: it has no {BALANCING[option]}")
+        # without a command it is a listing, as it was
+        if option not in TAKES.get(command or "L", {option}):
+            option, command = names.get(option, option), names.get(command, command)
+            raise UsageError(f"Illegal '{option}' option with the '{command}' command")
+    if len(arguments.values.keys() & {"t", "u", "f", "zone"}) > 1:
+        raise UsageError("give one service or one zone, not both")
+    if rest and command != "set":
+        raise UsageError(f"unexpected argument {rest[0]}")
 
 
 # ---- what changes ----
@@ -123,17 +153,15 @@ def change(rules: Rules, arguments: Arguments, rest: Sequence[str]) -> bool:
     """Does one command to the rules; False when it was no change."""
     command, protocol = arguments.command, arguments.service
     if command in ("A", "E", "D", "C"):
-        if "p" in arguments or "r" in arguments:
-            raise UsageError(f"{SERVICE} has no persistence and no servers")
         if command != "C" and not protocol:
             raise UsageError("You need to supply the 'service-address' option for the command")
         if command in ("D", "C"):
             rules.notes.append("TCP, UDP and ICMP echo are always translated; delete zones to refuse hosts")
         if "j" in arguments:
             rules.notes.append("synproxy never worked for this service and is ignored")
+        if arguments.values.get("s", "rr") != "rr":
+            rules.notes.append("sessions take the addresses in turn, whatever the scheduler")
         return False
-    if command in ("a", "e", "d"):
-        raise UsageError("this gateway translates sources, it is no load balancer: there are no real servers")
     if command == "set":
         set_timeouts(rules, rest)
         return True
@@ -153,6 +181,9 @@ def change(rules: Rules, arguments: Arguments, rest: Sequence[str]) -> bool:
         rules.delete_zone(source)
     else:
         address = parse_laddr(arguments.values["z"])
+        if protocol and command == "P" and already(rules, arguments):
+            rules.notes.append(f"{address} is there already: TCP and UDP have the same addresses")
+            return False
         (rules.add_address if command == "P" else rules.delete_address)(source, address)
     return True
 
@@ -238,14 +269,20 @@ def run(words: Sequence[str], engine: Engine, *, save: Save, lines: Iterator[str
 
 def list_(arguments: Arguments, engine: Engine, rules: Rules) -> Iterator[str]:
     status = engine.ask(cmd="status")
+    only = [arguments.service] if arguments.service else list(PROTOCOLS.values())
     if "timeout" in arguments:
         yield f"Timeout (tcp tcpfin udp): {listing.timeouts(rules)}"
     elif "c" in arguments:
-        yield from listing.connections(engine.pages(cmd="show", what="sessions"))
+        yield from listing.connections(
+            engine.pages(cmd="show", what="sessions", **({"protocol": only[0]} if len(only) == 1 else {}))
+        )
     elif "stats" in arguments:
         names = ("Conns", "InPkts", "OutPkts", "InBytes", "OutBytes")
         yield from listing.figures(
-            status, listing.since_zero(listing.traffic(engine)), names, exact="exact" in arguments
+            status,
+            {p: f for p, f in listing.since_zero(listing.traffic(engine)).items() if p in only},
+            names,
+            exact="exact" in arguments,
         )
     elif "rate" in arguments:
         before, start = listing.traffic(engine), time.monotonic()
@@ -253,13 +290,13 @@ def list_(arguments: Arguments, engine: Engine, rules: Rules) -> Iterator[str]:
         after, seconds_passed = listing.traffic(engine), time.monotonic() - start
         rates = {
             p: [round((b - a) / seconds_passed) for a, b in zip(before[p], after[p], strict=True)]
-            for p in after
+            for p in only
         }
         yield from listing.figures(
             status, rates, ("CPS", "InPPS", "OutPPS", "InBPS", "OutBPS"), exact="exact" in arguments
         )
     else:
-        yield from listing.services(status)
+        yield from listing.services(status, only)
 
 
 def main(

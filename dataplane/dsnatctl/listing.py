@@ -36,11 +36,11 @@ def title(status: Json) -> str:
     return f"IP Virtual Server version 1.2.1 (size={status['max_sessions']})"
 
 
-def services(status: Json) -> Iterator[str]:
+def services(status: Json, protocols: Sequence[str]) -> Iterator[str]:
     yield title(status)
     yield "Prot LocalAddress:Port Scheduler Flags"
     yield "  -> RemoteAddress:Port           Forward Weight ActiveConn InActConn"
-    yield from (f"{protocol.upper()}  {SERVICE} rr" for protocol in PROTOCOLS.values())
+    yield from (f"{protocol.upper()}  {SERVICE} rr" for protocol in protocols)
 
 
 FIGURES = ("sessions_created", "packets_out", "packets_in", "bytes_out", "bytes_in")  # In is from inside
@@ -52,8 +52,8 @@ def figures(
     yield title(status)
     yield "{:<33} {:>8} {:>8} {:>8} {:>8} {:>8}".format("Prot LocalAddress:Port", *names)
     yield "  -> RemoteAddress:Port"
-    for protocol in PROTOCOLS.values():
-        numbers = "".join(shortened(number, 9, exact=exact) for number in values[protocol])
+    for protocol, row in values.items():
+        numbers = "".join(shortened(number, 9, exact=exact) for number in row)
         yield f"{f'{protocol.upper()}  {SERVICE}':<33}{numbers}"
 
 
@@ -101,9 +101,8 @@ def connections(pages: Iterator[Json]) -> Iterator[str]:
             protocol = s["protocol"].upper()
             state = STATES.get(s["state"], protocol)
             expires = f"{s['expires_s'] // 60:02}:{s['expires_s'] % 60:02}"
-            yield (
-                f"{protocol:<3} {expires:<6} {state:<11} {s['inside']:<18} {s['outside']:<18} {s['remote']}"
-            )
+            begin = f"{protocol:<3} {expires}"  # ICMP, which the original did not know, keeps the columns
+            yield f"{begin:<10} {state:<11} {s['inside']:<18} {s['outside']:<18} {s['remote']}"
 
 
 def timeouts(rules: Rules) -> str:

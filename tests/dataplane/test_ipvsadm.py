@@ -16,7 +16,7 @@ from provision.agent import Refused as AgentRefused
 from provision.agent.change import by_hand
 from provision.agent.state import State
 from provision.plan import Running
-from tests.packet import tcp, udp
+from tests.packet import ping, tcp, udp
 from tests.provision.machine import Client, FakeMachine
 from tests.replay import Bench, outside
 
@@ -124,6 +124,127 @@ def test_the_documentations_example_with_addresses_on_the_service(engine: Bench,
     )
     assert type_("ipvsadm -Q -t 0.0.0.0:0 -z 203.0.113.1")[0] == 0
     assert engine.send(tcp("10.1.2.4:4000 > 198.51.100.1:80")).reason == "zone_drop"
+
+
+# The example of dsnat's README as it stood for each of the two kernels; ~ is its en dash, > is a packet and
+# where it left from. Blanks at the ends of rows are looked at above.
+FIRST_GENERATION = """\
+$ ipvsadm ~A ~t 0.0.0.0:0 ~s rr
+$ ipvsadm ~P ~t 0.0.0.0:0 -z 1.2.100.1
+$ ipvsadm ~P ~t 0.0.0.0:0 -z 1.2.100.2
+> 1.1.1.1:40000 1.2.100.1
+> 1.1.1.1:40001 1.2.100.2
+> 9.9.9.9:40002 1.2.100.1
+$ ipvsadm -ln
+IP Virtual Server version 1.2.1 (size=10000)
+Prot LocalAddress:Port Scheduler Flags
+  -> RemoteAddress:Port           Forward Weight ActiveConn InActConn
+TCP  0.0.0.0:0 rr
+UDP  0.0.0.0:0 rr
+$ ipvsadm -G
+NET/MASK                       TOTAL    SNAT_IP              CONFLICTS  CONNS
+0.0.0.0/0.0.0.0                2
+                                        1.2.100.1            0          2
+                                        1.2.100.2            0          1
+$ ipvsadm -G -t 0.0.0.0:0
+VIP:VPORT            TOTAL    SNAT_IP              CONFLICTS  CONNS
+0.0.0.0:0            2
+                              1.2.100.1            0          2
+                              1.2.100.2            0          1
+$ ipvsadm ~Q ~t 0.0.0.0:0 ~z 1.2.100.1
+> 1.1.1.1:40003 1.2.100.2
+$ ipvsadm ~D ~t 0.0.0.0:0
+ipvsadm: TCP, UDP and ICMP echo are always translated; delete zones to refuse hosts
+"""
+FINAL_GENERATION = """\
+$ ipvsadm ~A ~t 0.0.0.0:0 ~s rr
+$ ipvsadm -K  --zone 1.1.0.0/16
+$ ipvsadm -P --zone 1.1.0.0/16 -z 1.2.100.1
+$ ipvsadm -P --zone 1.1.0.0/16 -z 1.2.100.2
+$ ipvsadm -K  --zone 0.0.0.0/0
+$ ipvsadm -P --zone 0.0.0.0/0 -z 1.2.100.3
+> 1.1.1.1:40000 1.2.100.1
+> 1.1.1.1:40001 1.2.100.2
+> 9.9.9.9:40002 1.2.100.3
+$ ipvsadm -ln
+IP Virtual Server version 1.2.1 (size=10000)
+Prot LocalAddress:Port Scheduler Flags
+  -> RemoteAddress:Port           Forward Weight ActiveConn InActConn
+TCP  0.0.0.0:0 rr
+UDP  0.0.0.0:0 rr
+$ ipvsadm -G
+NET/MASK                       TOTAL    SNAT_IP              CONFLICTS  CONNS
+1.1.0.0/255.255.0.0            2
+                                        1.2.100.1            0          1
+                                        1.2.100.2            0          1
+0.0.0.0/0.0.0.0                1
+                                        1.2.100.3            0          1
+$ ipvsadm -ln --stats
+IP Virtual Server version 1.2.1 (size=10000)
+Prot LocalAddress:Port               Conns   InPkts  OutPkts  InBytes OutBytes
+  -> RemoteAddress:Port
+TCP  0.0.0.0:0                           3        3        0      120        0
+UDP  0.0.0.0:0                           0        0        0        0        0
+$ ipvsadm -ln -u 0.0.0.0:0 --stats
+IP Virtual Server version 1.2.1 (size=10000)
+Prot LocalAddress:Port               Conns   InPkts  OutPkts  InBytes OutBytes
+  -> RemoteAddress:Port
+UDP  0.0.0.0:0                           0        0        0        0        0
+$ ipvsadm -S
+-A -t 0.0.0.0:0 -s rr
+-A -u 0.0.0.0:0 -s rr
+-K --zone 1.1.0.0/16
+-P --zone 1.1.0.0/16 -z 1.2.100.1
+-P --zone 1.1.0.0/16 -z 1.2.100.2
+-K --zone 0.0.0.0/0
+-P --zone 0.0.0.0/0 -z 1.2.100.3
+--set 7440 240 300
+$ ipvsadm -Q --zone 1.1.0.0/16 -z 1.2.100.1
+> 1.1.1.1:40003 1.2.100.2
+$ ipvsadm -V --zone 1.1.0.0/16
+> 1.1.1.1:40004 1.2.100.3
+$ ipvsadm -G --zone 0.0.0.0/0
+NET/MASK                       TOTAL    SNAT_IP              CONFLICTS  CONNS
+0.0.0.0/0.0.0.0                1
+                                        1.2.100.3            0          2
+$ ipvsadm -C
+ipvsadm: TCP, UDP and ICMP echo are always translated; delete zones to refuse hosts
+"""
+
+
+@pytest.mark.parametrize("text", [FIRST_GENERATION, FINAL_GENERATION], ids=["2.6.32-220", "2.6.32-279"])
+def test_the_whole_example_of_the_documentation_answers_as_on_the_original(
+    engine: Bench, type_: Ipvsadm, text: str
+) -> None:
+    said = []
+    for line in text.replace("~", EN).splitlines():
+        kind, _, rest = line.partition(" ")
+        if kind == "$":
+            status, out, err = type_(rest)
+            assert status == 0, (line, err)
+            said += [line, *(row.rstrip() for row in (out + err).splitlines())]
+        elif kind == ">":
+            source = rest.split()[0]
+            public = outside(engine.send(tcp(f"{source} > 1.2.1.4:80"))).split(":")[0]
+            said.append(f"> {source} {public}")
+    assert said == text.replace("~", EN).splitlines()
+
+
+def test_a_service_each_for_tcp_and_udp_has_the_same_addresses(type_: Ipvsadm) -> None:
+    """With the first kernel a script added each address twice."""
+    assert type_("ipvsadm -P -t 0.0.0.0:0 -z 203.0.113.1") == (0, "", "")
+    status, _, err = type_("ipvsadm -P -u 0.0.0.0:0 -z 203.0.113.1")
+    assert (status, "there already: TCP and UDP" in err) == (0, True)
+    assert type_("ipvsadm -S")[1].count("203.0.113.1") == 1
+
+
+def test_connections_without_ports_keep_the_columns(engine: Bench, type_: Ipvsadm) -> None:
+    type_("ipvsadm -P -t 0.0.0.0:0 -z 203.0.113.1")
+    engine.send(tcp("10.1.2.3:4000 > 198.51.100.1:80"))
+    engine.send(ping("10.1.2.3 > 198.51.100.1"))
+    _, _, *rows = type_("ipvsadm -lnc")[1].splitlines()
+    assert {row.index("10.1.2.3") for row in rows} == {23}
+    assert [row.split()[0] for row in type_("ipvsadm -lnc -t 0.0.0.0:0")[1].splitlines()[2:]] == ["TCP"]
 
 
 def test_connections_are_in_the_columns_that_the_original_mixed_up(engine: Bench, type_: Ipvsadm) -> None:
@@ -237,6 +358,15 @@ def test_zones_with_the_same_addresses_share_a_pool(type_: Ipvsadm) -> None:
         ("-A -t 192.0.2.1:80 -s rr", 2, "no load balancer"),
         ("-a -t 0.0.0.0:0 -r 192.0.2.1 -g", 2, "no load balancer"),
         ("-A -f 7", 2, "no firewall-mark services"),
+        ("-A -t 0.0.0.0:0 -s rr -p 300", 2, "no load balancer: it has no persistence"),
+        ("-e -t 0.0.0.0:0 -r 192.0.2.1 -x 9", 2, "no load balancer: there are no real servers"),
+        ("-L --thresholds", 2, "no load balancer: it has no thresholds"),
+        ("-A --zone 10/8", 2, "Illegal 'zone' option with the 'add-service' command"),
+        ("-K --zone 12/8 -s rr", 2, "Illegal 'scheduler' option with the 'add-zone' command"),
+        ("-P -t 0.0.0.0:0 --zone 10/8 -z 203.0.113.3", 2, "one service or one zone, not both"),
+        ("-V --zone 10/8 11/8", 2, "unexpected argument 11/8"),
+        ("-P --zone 10/8 -z 203.0.113.3 -z 203.0.113.4", 2, "given twice"),
+        ("-Q --zone 10/8", 2, "You need to supply the 'local-address' option"),
         ("-A -K", 2, "one command at a time"),
         ("--start-daemon master", 2, "not synchronised"),
         ("--nonsense", 2, "see ipvsadm -h"),

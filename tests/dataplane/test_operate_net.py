@@ -96,8 +96,26 @@ class Iperf:
         return end
 
 
+def wires(gateway: Gateway) -> dict[str, int]:
+    """What the kernel dropped on the wires, and what a port's receive ring had no room for: net_af_packet
+    does not say, but the wire counts what came and the engine what it got.
+    """
+    lost = {}
+    ends = [(gateway.client, "eth0"), (gateway.server, "eth0")]
+    ends += [(gateway.space, gateway.port(side)) for side in ("inside", "outside")]
+    read = {}
+    for space, name in ends:
+        cells = space.run("sh", "-c", f"sed -n 's/^ *{name}://p' /proc/net/dev").split()
+        read[name] = int(cells[1])
+        lost[f"{name} of {space.name.rpartition('-')[2]}"] = int(cells[3]) + int(cells[11])
+    for port in gateway.show("ports")["ports"]:
+        if port["path"] == "dpdk":
+            lost[f"{port['name']} receive ring"] = read[gateway.port(port["role"])] - port["rx_packets"]
+    return lost
+
+
 def losses(gateway: Gateway) -> dict[str, int]:
-    """Everything between the two ends that counts its drops: engine, ports, the server's socket."""
+    """Everything between the two ends that counts its drops: engine, ports, wires, the server's socket."""
     udp = [
         line.split()[1:]
         for line in gateway.server.run("cat", "/proc/net/snmp").splitlines()
@@ -105,6 +123,7 @@ def losses(gateway: Gateway) -> dict[str, int]:
     ]
     return {
         **gateway.drops(),
+        **wires(gateway),
         **{f"{port['name']} missed": port["rx_missed"] for port in gateway.show("ports")["ports"]},
         "full socket of the server": int(dict(zip(*udp, strict=True))["RcvbufErrors"]),
     }
