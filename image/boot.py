@@ -69,6 +69,9 @@ HOPELESS = re.compile(
 )
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|[\r\x00-\x08\x0b-\x1f]")
 
+LOOK_S = 1.0  # between two looks at a guest's console
+KVM_S = 5.0  # a working KVM needs far less for seven instructions
+
 EXIT_FAILED = 1
 EXIT_NEEDS = 3
 
@@ -126,7 +129,7 @@ def kvm_works(memory: Path = BUILD / "kvm.json") -> bool:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as vm:
             try:
-                works = vm.wait(5) == 85
+                works = vm.wait(KVM_S) == 85
             except subprocess.TimeoutExpired:
                 vm.kill()
                 works = False
@@ -417,7 +420,7 @@ class Machine:
         asked = last_progress = time.monotonic()
         seen = self._seen
         while True:
-            if select.select([self._ready], [], [], 1.0)[0]:
+            if select.select([self._ready], [], [], LOOK_S)[0]:
                 self._heard += self._ready.recv(65536)
             if b"\n" in self._heard:
                 line, _, self._heard = self._heard.partition(b"\n")

@@ -19,8 +19,9 @@ from image.identity import Identity, make_identity
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> boot.Machine:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> boot.Machine:
     """A machine whose QEMU is a `sleep`, and whose console the test writes."""
+    monkeypatch.setattr(boot, "LOOK_S", 0.05)
     one = boot.Machine(tmp_path / "image.raw", tmp_path / "gw1")
     one.folder.mkdir()
     one.serial.write_text("")
@@ -61,8 +62,8 @@ def test_a_hopeless_console_fails_at_once_and_is_quoted(
 
 def test_silence_is_a_failure_that_shows_the_last_lines(machine: boot.Machine, guest: socket.socket) -> None:
     machine.serial.write_text("one line\n")
-    with pytest.raises(boot.BootError, match="nothing on the console for 2 s") as caught:
-        machine.wait_ready(silence_s=2, deadline_s=60)
+    with pytest.raises(boot.BootError, match="nothing on the console for 1 s") as caught:
+        machine.wait_ready(silence_s=1, deadline_s=60)
     assert "one line" in str(caught.value)
 
 
@@ -76,7 +77,7 @@ def test_a_guest_that_is_up_but_not_well_says_why(machine: boot.Machine, guest: 
 def test_only_the_guests_own_word_counts_as_ready(machine: boot.Machine, guest: socket.socket) -> None:
     machine.serial.write_text("Debian GNU/Linux 13 gateway ttyS0\n\ngateway login: ")
     with pytest.raises(boot.BootError, match="nothing on the console"):
-        machine.wait_ready(silence_s=2, deadline_s=20)
+        machine.wait_ready(silence_s=0.5, deadline_s=20)
     guest.sendall(b'{"ready": true, "hostname": "gw1"}\n')
     assert machine.wait_ready(deadline_s=20).report["hostname"] == "gw1"
 
@@ -91,16 +92,17 @@ def test_a_qemu_that_dies_is_noticed_and_its_last_word_shown(
         machine.wait_ready(deadline_s=20)
 
 
-def test_a_kvm_that_hangs_costs_five_seconds_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kvm_that_hangs_costs_its_deadline_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qemu = tmp_path / "qemu"
     qemu.write_text(f"#!/bin/sh\necho x >> {tmp_path}/started\nexec sleep 60\n")
     qemu.chmod(0o755)
     monkeypatch.setattr(boot, "QEMU", str(qemu))
     monkeypatch.setattr(os, "access", lambda path, mode: True)
+    monkeypatch.setattr(boot, "KVM_S", 0.5)
     memory = tmp_path / "kvm.json"
     before = time.monotonic()
     assert not boot.kvm_works(memory)
-    assert time.monotonic() - before < 15
+    assert time.monotonic() - before < 15, "the machine's own 60 s were waited for"
     assert not boot.kvm_works(memory)
     assert (tmp_path / "started").read_text() == "x\n", "the verdict is remembered"
 
