@@ -206,6 +206,7 @@ class Machine:
     reboot: bool = False  # False: QEMU ends when the guest reboots, so that a panic is seen
     outlive_us: bool = False
     extra: Sequence[str] = ()
+    qemu: Sequence[str] = (QEMU,)  # another one than the machine's own
     ssh_port: int = field(default=0, init=False)
     started: float = field(default=0.0, init=False)
     _heard: bytes = field(default=b"", init=False)  # from the guest, not looked at yet
@@ -283,7 +284,7 @@ class Machine:
         )
         command = [] if self.outlive_us else ["setpriv", "--pdeathsig", "KILL"]
         command += [
-            QEMU,
+            *self.qemu,
             "-name",
             self.folder.name,
             "-M",

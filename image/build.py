@@ -203,50 +203,54 @@ def run_logged(
         )
 
 
-def tool(*argv: str) -> list[str]:
-    """The command line of a program in the tools tree, run in place with the tree's own libraries: no
-    chroot, no mount.
+def tool(*argv: str, tree: Path = TOOLS) -> list[str]:
+    """The command line of a program in the tools tree (or another), run in place with the tree's own
+    libraries: no chroot, no mount.
     """
-    libraries = TOOLS / "usr/lib/x86_64-linux-gnu"
+    libraries = tree / "usr/lib/x86_64-linux-gnu"
     loader = [
-        str(TOOLS / "lib64/ld-linux-x86-64.so.2"),
+        str(tree / "lib64/ld-linux-x86-64.so.2"),
         "--library-path",
         f"{libraries}:{libraries / 'systemd'}",
     ]
-    return [*loader, str(TOOLS / "usr/bin" / argv[0]), *argv[1:]]
+    return [*loader, str(tree / "usr/bin" / argv[0]), *argv[1:]]
 
 
 # --- the tools tree -------------------------------------------------------------------------------
 
 
 def ensure_tools(log: Path) -> None:
-    """Make .build/tools unless it is there and was made from this very list."""
+    write_sandbox(debian_sources(RELEASE))
+    ensure_tree(TOOLS, TOOLS_PACKAGES, log, holds="mkosi and what it runs")
+
+
+def ensure_tree(top: Path, packages: Sequence[str], log: Path, *, holds: str) -> None:
+    """Make a tree of Debian 13's programs unless it is there and was made from this very list."""
     sources = debian_sources(RELEASE)
-    wanted = hashlib.sha256("\n".join([RELEASE, *TOOLS_PACKAGES]).encode()).hexdigest()
-    stamp = TOOLS / "etc/dsnat-tools"
-    write_sandbox(sources)
+    wanted = hashlib.sha256("\n".join([RELEASE, *packages]).encode()).hexdigest()
+    stamp = top / "etc/dsnat-tools"
     if stamp.exists() and stamp.read_text().strip() == wanted:
         return
-    say(f"making the tools tree {TOOLS.relative_to(ROOT)}: mkosi and what it runs, from Debian 13")
+    say(f"making the tree {top.relative_to(ROOT)}: {holds}, from Debian 13")
     start = time.monotonic()
-    fresh = BUILD / f"tools.{os.getpid()}"
+    fresh = BUILD / f"{top.name}.{os.getpid()}"
     command = ["mmdebstrap", "--variant=apt", "--mode=auto", "--architectures=amd64", f"--keyring={KEYRING}"]
     for option in ['Apt::Install-Recommends "false"', *(line.rstrip(";") for line in transport_options())]:
         command.append(f"--aptopt={option}")
     for unwanted in ("doc", "man", "locale"):
         command.append(f"--dpkgopt=path-exclude=/usr/share/{unwanted}/*")
-    command += [f"--include={','.join(TOOLS_PACKAGES)}", RELEASE, str(fresh)]
+    command += [f"--include={','.join(packages)}", RELEASE, str(fresh)]
     command += [line for source in sources for line in source.one_line()]
     try:
-        run_logged(command, log, what="making the tools tree (mmdebstrap)")
+        run_logged(command, log, what=f"making {top.relative_to(ROOT)} (mmdebstrap)")
         (fresh / "etc/dsnat-tools").write_text(wanted + "\n")
-        if TOOLS.exists():
-            shutil.rmtree(TOOLS)
-        fresh.rename(TOOLS)
+        if top.exists():
+            shutil.rmtree(top)
+        fresh.rename(top)
     finally:
         if fresh.exists():
             shutil.rmtree(fresh, ignore_errors=True)
-    say(f"tools tree made in {time.monotonic() - start:.0f} s")
+    say(f"{top.relative_to(ROOT)} made in {time.monotonic() - start:.0f} s")
 
 
 def write_sandbox(sources: list[Source]) -> None:
