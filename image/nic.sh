@@ -21,6 +21,7 @@ set -u
 config=${DSNAT_CONFIG:-/etc/dsnat/dsnatd.yaml}
 state=${DSNAT_STATE:-/run/dsnat-nic}
 sys=${DSNAT_SYS:-/sys}
+proc=${DSNAT_PROC:-/proc}
 verb=${1:-}
 failed=0
 
@@ -194,19 +195,26 @@ no_merging() { # kernel interface
 		ethtool -k "$1" 2>/dev/null | grep -qE "^$shown: on" && fail "$1: $shown stays on; packets would be merged"
 	done
 }
-spread() { # kernel interface: queue n's interrupt to the n-th core, again from the first when they run out
+queue_of() { # interrupt, kernel interface -> the queue it serves: what its name ends in (input.0, TxRx-3, comp2@pci)
+	for name in "$proc/irq/$1"/*/; do
+		name=${name%/} name=${name##*/} name=${name%%@*}
+		[ "$name" = "$2" ] || printf '%s\n' "$name" | sed -n 's/.*[^0-9]\([0-9][0-9]*\)$/\1/p'
+	done | head -n 1
+}
+spread() { # kernel interface: the interrupts of queue n, both ways, to the n-th core; from the first again when they run out
+	nic=$1 n=0
 	# virtio keeps its interrupts one level up, at the PCI device
 	irqs=$(ls "$sys/class/net/$1/device/msi_irqs" "$sys/class/net/$1/device/../msi_irqs" 2>/dev/null | grep -E '^[0-9]+$' | sort -n)
 	[ -n "$irqs" ] || return 0
 	set -- $(housekeeping "$1")
-	n=0
 	for irq in $irqs; do
-		[ -e "/proc/irq/$irq/smp_affinity_list" ] || continue
-		eval "cpu=\${$((n % $# + 1))}"
+		[ -e "$proc/irq/$irq/smp_affinity_list" ] || continue
+		queue=$(queue_of "$irq" "$nic")
+		eval "cpu=\${$((${queue:-$n} % $# + 1))}"
 		n=$((n + 1))
-		read -r now < "/proc/irq/$irq/smp_affinity_list"
+		read -r now < "$proc/irq/$irq/smp_affinity_list"
 		# Some interrupts cannot be moved (the kernel manages them); that is no fault.
-		[ "$now" = "$cpu" ] || write "$cpu" "/proc/irq/$irq/smp_affinity_list" 2>/dev/null || true
+		[ "$now" = "$cpu" ] || write "$cpu" "$proc/irq/$irq/smp_affinity_list" 2>/dev/null || true
 	done
 }
 

@@ -52,6 +52,7 @@ class Box:
             env={
                 "PATH": f"{self.top / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
                 "DSNAT_SYS": str(self.sys),
+                "DSNAT_PROC": str(self.top / "proc"),
                 "DSNAT_STATE": str(self.top / "state"),
                 "DSNAT_CONFIG": str(self.top / "dsnatd.yaml"),
             },
@@ -182,6 +183,22 @@ def test_each_queue_sends_from_the_cores_that_its_interrupts_go_to(box: Box) -> 
     queues(box, "ens3", 4, cores="0-3")
     box.facts("interface wg0 inside nfqueue -")
     assert steering(box) == [f"0000000{1 << n} tx-{n}/xps_cpus" for n in range(4)]
+
+
+def test_both_interrupts_of_a_queue_go_to_its_own_core(box: Box) -> None:
+    """virtio has one for what is received and one for what is sent, and one more before them all."""
+    (box.sys / "devices/system/cpu").mkdir(parents=True)
+    (box.sys / "devices/system/cpu/online").write_text("0-3\n")
+    names = ["config", *(f"{way}.{queue}" for queue in range(4) for way in ("input", "output"))]
+    for number, name in enumerate(names, start=40):
+        (box.sys / "devices/pci0000:00" / OUTSIDE / "msi_irqs").mkdir(exist_ok=True)
+        (box.sys / "devices/pci0000:00" / OUTSIDE / "msi_irqs" / str(number)).write_text("msix\n")
+        (box.top / "proc/irq" / str(number) / f"virtio2-{name}").mkdir(parents=True)
+        (box.top / "proc/irq" / str(number) / "smp_affinity_list").write_text("0-3\n")
+    done = box.plan()
+    for number, name in enumerate(names[1:], start=41):
+        queue = name[-1]
+        assert f"echo {queue} > {box.top}/proc/irq/{number}/smp_affinity_list\n" in done.stdout
 
 
 def test_with_fewer_queues_than_cores_received_packets_are_spread_by_hash(box: Box) -> None:
