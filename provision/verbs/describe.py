@@ -124,11 +124,13 @@ def slices(options: Options, lost: tuple[str, ...]) -> None:
     metavar="[GW:]NAME=ADDRESS/LEN[,PCI]",
     help="An interface's own address and device.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs: the text and the remarks.")
 def import_(
     files: tuple[Path, ...],
     management: tuple[str, ...],
     host_key: tuple[str, ...],
     interface: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Print fleet.yaml for dsnat's own files: keepalived.conf (both nodes'), rc.local, ipvsadm -S.
 
@@ -144,6 +146,9 @@ def import_(
         except OSError as error:
             raise Exit(INVALID, f"{file} cannot be read: {error.strerror}") from error
     imported = import_files(texts, _known(management, host_key, interface))
+    if as_json:
+        emit({"fleet": imported.text, "remarks": imported.remarks})
+        return
     for remark in imported.remarks:
         print(remark, file=sys.stderr)
     print(imported.text, end="")
@@ -184,7 +189,8 @@ def _known(management: Sequence[str], host_key: Sequence[str], interface: Sequen
 
 
 @click.command()
-def schema() -> None:
+@click.option("--json", "as_json", is_flag=True, help="As it is without: the schema is JSON.")
+def schema(as_json: bool) -> None:
     """Print the JSON schema of fleet.yaml, for editors."""
     from provision.model import Fleet
 

@@ -125,6 +125,16 @@ def test_a_node_of_dsnat_is_imported_from_the_command_line(tmp_path: Path) -> No
     assert 'eth0: {role: inside, path: dpdk, device: "0000:00:03.0", addresses: [1.1.0.2/16]}' in text
     assert "keepalived.conf:60: syn_proxy had no effect" in text
     run("import", str(tmp_path / "none"), status=2)
+    told = json.loads(run("import", "--json", str(example), *words))
+    assert told["fleet"].startswith("# Imported from dsnat")
+    assert any("syn_proxy had no effect" in remark for remark in told["remarks"])
+
+
+def test_every_verb_takes_json() -> None:
+    help_ = run("--help")
+    verbs = [line.split()[0] for line in help_.partition("Commands:")[2].strip().splitlines()]
+    assert [verb for verb in verbs if "--json" not in run(verb, "--help")] == []
+    assert run("schema") == run("schema", "--json")
 
 
 def test_resume_without_a_run_says_so(file: Path) -> None:
