@@ -4,8 +4,9 @@ up.
 SHA256SUMS and its signature go along: an image that was built with keys writes only what they signed. The
 gateway writes the slot with `dsnat-image update` and counts its boots: an image that does not get well
 is left by itself after three tries, for the one before it. So the result here is read, not assumed: the
-version that runs after the restart says whether the update is good. Pairs go as in a push: the backup
-first; a master hands over before it restarts. A gateway alone is away for as long as it takes to boot.
+update is good when its version runs and the gateway's own health check has taken it off trial. Pairs go as
+in a push: the backup first; a master hands over before it restarts. A gateway alone is away for as long as
+it takes to boot.
 """
 
 from __future__ import annotations
@@ -168,6 +169,9 @@ def _await(
             return result(
                 "reverted", f"the gateway went back to image {runs} by itself; its journal says why"
             )
+        if found.facts.get("on_trial"):
+            doubt = f"its health check has not found {runs} well yet; its journal says why (dsnat-healthy)"
+            continue
         engine = found.facts.get("engine", {})
         if "dsnatd.yaml" not in found.files or "error" not in engine:
             return result("confirmed", f"runs {image.version}")

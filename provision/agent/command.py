@@ -31,6 +31,7 @@ VERBS: dict[str, Verb] = {
     "clear": change.clear,
     "exec": look.execute,
     "probe": look.probe,
+    "adverts": look.adverts,
     "receive": image.receive,
     "update": image.update,
     "restart": image.restart,

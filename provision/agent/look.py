@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from .disk import digest, digest_of_files
-from .protocol import VERSION, Json, Refused, files_below, without_secrets
+from .protocol import VERSION, Json, Refused, files_below, number_in, without_secrets
 from .routing import routing_facts
 from .services import BGP
 from .state import State
@@ -74,6 +74,7 @@ def facts(state: State, request: Json) -> Json:
         wall=machine.wall(),
         uptime_s=round(machine.clock(), 1),
         image=machine.image_version(),
+        on_trial=machine.on_trial(),
         manifest={k: v for k, v in manifest.items() if k != "files"},
         files=files,
         drift=drift,
@@ -126,6 +127,16 @@ def probe(state: State, request: Json) -> Json:
             raise Refused("usage", f"{text!r} is not an address to ping")
         found[text] = state.machine.pings(text)
     return {"answers": found}
+
+
+def adverts(state: State, request: Json) -> Json:
+    """For which of these VRRP ids another machine says that it is master."""
+    ids = request.get("ids")
+    if not isinstance(ids, list) or not all(isinstance(i, int) and 1 <= i <= 255 for i in ids):
+        raise Refused("usage", '"ids" must be a list of VRRP ids')
+    heard = state.machine.adverts(set(ids), number_in(request, "wait_s", 4, 1, 25))
+    ours = {address for there in addresses(state).values() for address in there}
+    return {"heard": {str(i): source for i, source in heard.items() if source not in ours}}
 
 
 def execute(state: State, request: Json) -> Json:

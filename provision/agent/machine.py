@@ -130,6 +130,28 @@ class Machine:
                         return True
         return False
 
+    def adverts(self, ids: set[int], wait_s: float) -> dict[int, str]:
+        """Who says that it is master: the sender of a VRRP advert for each of these ids, if one came in time.
+        Read beside keepalived, so that it is evidence and not what keepalived believes.
+        """
+        heard: dict[int, str] = {}
+        end = time.monotonic() + wait_s
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, 112) as s:
+            while ids - heard.keys() and (left := end - time.monotonic()) > 0:
+                s.settimeout(left)
+                try:
+                    packet, (source, _) = s.recvfrom(1500)
+                except TimeoutError:
+                    break
+                body = packet[(packet[0] & 15) * 4 :]
+                if len(body) >= 8 and body[0] in (0x21, 0x31) and body[1] in ids:  # type 1, version 2 or 3
+                    heard[body[1]] = source
+        return heard
+
+    def on_trial(self) -> bool:
+        """A new image that its own health check has not found well yet."""
+        return self.run(["/usr/lib/systemd/systemd-bless-boot", "status"], 10.0)[1] == "indeterminate"
+
     def image_version(self) -> str:
         with contextlib.suppress(OSError):
             for line in Path("/etc/os-release").read_text().splitlines():

@@ -38,6 +38,8 @@ class FakeMachine(Machine):
         self.bad_images: set[str] = set()
         self.updates = root.with_name(f"{root.name}-updates")
         self.silent = False  # nothing outside answers
+        self.deaf: set[int] = set()  # VRRP ids whose adverts do not come in
+        self.trial_s = 0.0  # since its boot, until a new image is found well
         self.steps_left: int | None = None
         self._snapshot: Path | None = None
         self.source: Callable[[], float] | None = None
@@ -125,6 +127,12 @@ class FakeMachine(Machine):
 
     def is_drained(self) -> bool:
         return self.drained
+
+    def adverts(self, ids: set[int], wait_s: float) -> dict[int, str]:
+        return dict.fromkeys(ids - self.deaf, "192.0.2.99")
+
+    def on_trial(self) -> bool:
+        return self.image != "0.1.0" and self.now < 10.0 + self.trial_s
 
     def image_version(self) -> str:
         return self.image

@@ -83,6 +83,21 @@ def test_an_update_ends_with_the_new_image_running(lab: Lab, folder: Path) -> No
     assert update(lab, folder).outcome == "unchanged"
 
 
+def test_an_update_is_confirmed_only_when_the_gateway_has_found_itself_well(lab: Lab, folder: Path) -> None:
+    lab.machines["gw1"].trial_s = 90.0
+    result = update(lab, folder)
+    assert result.outcome == "confirmed"
+    assert not lab.machines["gw1"].on_trial()
+    assert lab.machines["gw1"].now > 100.0
+
+
+def test_an_update_that_stays_on_trial_is_a_failure(lab: Lab, folder: Path) -> None:
+    lab.machines["gw1"].trial_s = 1e9
+    result = update(lab, folder)
+    assert result.outcome == "failed"
+    assert "has not found 0.2.0 well yet" in result.text
+
+
 def test_an_image_that_does_not_get_well_is_reported_as_left(lab: Lab, folder: Path) -> None:
     lab.machines["gw1"].bad_images.add("0.2.0")
     result = update(lab, folder)
