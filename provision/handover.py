@@ -14,6 +14,7 @@ from provision.rollout import vrrp_addresses
 from provision.ssh import GatewayError
 
 HAND_OVER_S = 30.0
+CATCH_UP_S = 300.0  # for a peer that has just been restarted to learn the sessions
 
 
 class NoHandOver(GatewayError):
@@ -51,6 +52,7 @@ def drain(
         raise NoHandOver(f"its peer {peer} is drained itself; end that first with drain {peer} --undo")
     if "error" in other.facts.get("engine", {}) or other.facts.get("units", {}).get("keepalived") != "active":
         raise NoHandOver(f"its peer {peer} is not well (see status); nothing was handed over")
+    _await_sessions(name, peer, ask, now, nap)
     ask(name, {"do": "drain", "on": True})
     end = now() + HAND_OVER_S
     try:
@@ -65,6 +67,29 @@ def drain(
     raise NoHandOver(
         f"{peer} did not take the addresses within {HAND_OVER_S:.0f} s; the hand-over was undone"
     )
+
+
+def _await_sessions(
+    name: str,
+    peer: str,
+    ask: Callable[[str, dict[str, Any]], dict[str, Any]],
+    now: Callable[[], float],
+    nap: Callable[[float], None],
+) -> None:
+    """Two that tell each other their sessions hand over when the peer has them: a connection that it does not
+    know would be reset. Where they do not talk to each other there is nothing to wait for.
+    """
+    end = now() + CATCH_UP_S
+    while True:
+        said = ask(name, {"do": "facts", "shows": ["sync"]}).get("engine", {}).get("sync", {})
+        if not said.get("connected") or said.get("in_sync"):
+            return
+        if now() >= end:
+            raise NoHandOver(
+                f"its peer {peer} still does not have its sessions after {CATCH_UP_S:.0f} s "
+                f"({said.get('differences', '?')} ranges differ, see status); nothing was handed over"
+            )
+        nap(PAUSE_S)
 
 
 def _withdraw(fleet: Fleet, name: str, ask: Callable[[str, dict[str, Any]], dict[str, Any]]) -> str:

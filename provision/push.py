@@ -28,7 +28,7 @@ from provision.render import Rendered
 from provision.ssh import Connection, GatewayError, LostInFlight, RemoteTimeout, Unreachable, dial, target_of
 
 AGENT = "/usr/lib/dsnat/agent"
-FACTS_S = 30.0
+FACTS_S = 60.0  # a gateway that is busy booting takes its time
 STAGE_S = 120.0
 APPLY_S = 300.0  # longer than the agent takes at most
 AGREED = {"connection": "new", "engine": "answers", "addresses": "where they belong"}
@@ -193,10 +193,11 @@ class Attempt:
             with self.dial(self.name) as remote:
                 generation, digest = stage(remote)
                 self.say(self.name, f"applying generation {generation}")
+                asked = self.now()
                 outcome, text, window_ends = self._apply(remote, base, generation, digest)
-            if outcome == "live":
-                self.say(self.name, "confirming")
-                outcome, text = self._confirm(generation, window_ends)
+            if outcome in ("live", "lost"):
+                self.say(self.name, "confirming" if self.order.confirm else "looking what became of it")
+                outcome, text = self._confirm(generation, window_ends, asked)
             return became(outcome, text)
         except AgentRefused as refused:
             if generation is not None:
@@ -214,7 +215,7 @@ class Attempt:
             remote.ask({"do": "release", "owner": self.order.owner}, deadline_s=FACTS_S)
 
     def _apply(self, remote: Remote, base: int, generation: int, digest: str) -> tuple[str, str, float]:
-        """Outcome and text as of a result, or "live", and until when it must be confirmed."""
+        """Outcome and text as of a result, or "live" or "lost", and until when it must be confirmed."""
         order = self.order
         request = {
             "do": "apply",
@@ -232,13 +233,15 @@ class Attempt:
             if applied["state"] == "reverted":
                 return "reverted", f"not healthy with the change: {applied['reason']}", 0.0
             window_ends = self.now() + order.window_s
-        if not order.confirm:
-            return "pending", f"waits for `confirm`, at most {order.window_s} s", 0.0
-        return "live", "", window_ends
+            return ("live", "", window_ends) if order.confirm else (*self._pending(), 0.0)
+        return "lost", "", window_ends
 
-    def _confirm(self, generation: int, window_ends: float) -> tuple[str, str]:
+    def _pending(self) -> tuple[str, str]:
+        return "pending", f"waits for `confirm`, at most {self.order.window_s} s"
+
+    def _confirm(self, generation: int, window_ends: float, asked: float) -> tuple[str, str]:
         """Over new connections: until all witnesses agree, then keep it; when time is over, find out what
-        became of it.
+        became of it. `asked`: when it was told to apply the change.
         """
         doubt = "the gateway was not reached again"
         grace_ends = window_ends + 60.0  # the gateway needs a moment to undo it and be reachable again
@@ -246,9 +249,11 @@ class Attempt:
             try:
                 with self.dial(self.name) as remote:
                     running = Running(self.name, remote.ask({"do": "facts"}, deadline_s=FACTS_S))
-                    over = _settled(running, generation, doubt)
+                    over = _settled(running, generation, doubt, self.now() - asked)
                     if over is not None:
                         return over
+                    if running.state == "live" and not self.order.confirm:
+                        return self._pending()
                     if running.state == "live":
                         ill = self.witness(running, remote)
                         if ill is None:
@@ -277,7 +282,7 @@ def _receipt(kept: Mapping[str, Any]) -> str:
     return f"receipt {kept['receipt'][:16]}" if kept.get("receipt") else ""
 
 
-def _settled(running: Running, generation: int, doubt: str) -> tuple[str, str] | None:
+def _settled(running: Running, generation: int, doubt: str, since_s: float) -> tuple[str, str] | None:
     """Has the gateway decided without us?"""
     if running.state != "idle":
         return None
@@ -286,7 +291,9 @@ def _settled(running: Running, generation: int, doubt: str) -> tuple[str, str] |
     last = running.facts.get("last") or {}
     if last.get("event") == "reverted" and last.get("tried") == generation:
         return "reverted", f"undone by the gateway: {last.get('reason')} ({doubt})"
-    return None  # lost before it was applied; look until the time is over
+    if float(running.facts.get("uptime_s", since_s)) + 1.0 < since_s:
+        return "failed", "the gateway restarted before it applied the change; push again"
+    return None  # on its way, or lost; look until the time is over
 
 
 def _stage_request(change: Change, rendered: Rendered, order: Order) -> dict[str, Any]:

@@ -192,6 +192,43 @@ def test_both_masters_is_not_health(lab: Lab, read: Reader) -> None:
     assert "both of the pair hold the VRRP addresses" in result.text
 
 
+@pytest.mark.parametrize(("name", "deaf"), [("gw1", "gw2"), ("gw2", "gw2")])
+def test_a_backup_that_no_longer_hears_its_master_is_not_health(
+    lab: Lab, read: Reader, name: str, deaf: str
+) -> None:
+    """Whichever of the two was changed: gw1 is master, and its adverts for the outside do not arrive."""
+    run_both(lab, read)
+    lab.machines[deaf].deaf.add(20)
+    result = push(lab, read, changed(PAIR, ("203.0.113.4", "203.0.113.5")), name)
+    assert result.outcome == "reverted"
+    assert "gw2 hears no VRRP adverts of gw1 on outside0" in result.text
+
+
+def test_an_engine_whose_packets_do_not_add_up_is_not_health(lab: Lab, read: Reader) -> None:
+    def engine(request: dict[str, Any], timeout_s: float = 5.0) -> dict[str, Any]:
+        return {"ok": True, "equation": False}
+
+    lab.machines["gw1"].engine = engine  # type: ignore[method-assign]
+    result = push(lab, read)
+    assert result.outcome == "reverted"
+    assert "packets do not add up" in result.text
+
+
+def test_a_gateway_that_restarted_before_it_applied_is_not_waited_for(lab: Lab, read: Reader) -> None:
+    def power_cut(name: str, verb: str) -> None:
+        if (name, verb) == ("gw2", "apply"):
+            lab.machines["gw2"].boot_up()
+            lab.machines["gw1"].now += 40  # the clock of all others
+            raise LostInFlight("the connection ended")
+
+    lab.fault = power_cut
+    begun = lab.now()
+    result = push(lab, read, PAIR, "gw2")
+    assert (result.outcome, lab.now() - begun < 60) == ("failed", True)
+    assert "restarted before it applied the change" in result.text
+    assert lab.machines["gw2"].live() == 0
+
+
 def test_a_pair_whose_peer_is_down_can_still_be_changed(lab: Lab, read: Reader) -> None:
     def fault(name: str, verb: str) -> None:
         if name == "gw2":
@@ -207,6 +244,16 @@ def test_what_is_left_pending_is_said_to_be(lab: Lab, read: Reader) -> None:
     assert lab.machines["gw1"].live() == 1
     lab.nap(31)
     assert lab.machines["gw1"].live() == 0
+
+
+def test_what_is_left_pending_is_looked_for_when_the_answer_was_lost(lab: Lab, read: Reader) -> None:
+    lab.fault = fail_on("after apply")
+    assert push(lab, read, confirm=False).outcome == "pending"
+    lab.nap(31)
+    lab.fault = fail_on("apply")  # the request itself was lost
+    result = push(lab, read, changed(LONE, ("id: 10", "id: 11")), confirm=False)
+    assert result.outcome == "failed"
+    assert "not known" in result.text
 
 
 @pytest.mark.parametrize(
@@ -281,6 +328,27 @@ def test_a_peer_that_is_not_well_is_handed_nothing(lab: Lab, read: Reader) -> No
     fleet = run_both(lab, read)
     lab.machines["gw2"].running.pop("dsnatd")
     with pytest.raises(NoHandOver, match="gw2 is not well"):
+        drain(fleet, "gw1", lab.dial, on=True, now=lab.now, nap=lab.nap)
+    assert not lab.machines["gw1"].drained
+
+
+@pytest.mark.parametrize("after_s", [20, 4000])
+def test_a_peer_is_handed_the_traffic_only_when_it_has_the_sessions(
+    lab: Lab, read: Reader, after_s: float
+) -> None:
+    fleet = run_both(lab, read)
+    begun = lab.now()
+
+    def engine(request: dict[str, Any], timeout_s: float = 5.0) -> dict[str, Any]:
+        equal = lab.now() - begun > after_s
+        return {"ok": True, "configured": True, "connected": True, "in_sync": equal, "differences": 7}
+
+    lab.machines["gw1"].engine = engine  # type: ignore[method-assign]
+    if after_s < 300:
+        assert "gw2 has" in drain(fleet, "gw1", lab.dial, on=True, now=lab.now, nap=lab.nap)
+        assert lab.now() - begun >= after_s
+        return
+    with pytest.raises(NoHandOver, match=r"gw2 still does not have its sessions .* \(7 ranges differ"):
         drain(fleet, "gw1", lab.dial, on=True, now=lab.now, nap=lab.nap)
     assert not lab.machines["gw1"].drained
 
