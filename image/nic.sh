@@ -97,6 +97,9 @@ driver_wanted() { # PCI address -> driver that lets the engine in, "shared", or 
 }
 
 await() { # PCI address: until udev has loaded the kernel's driver, which knows the MAC; at boot we may be early
+	alias=$(cat "$sys/bus/pci/devices/$1/modalias" 2>/dev/null)
+	# A cloud kernel has no driver for some NICs that DPDK has one for: none will come.
+	[ -z "$alias" ] || modprobe --quiet --resolve-alias "$alias" | grep -q . || return 0
 	tries=150
 	while [ ! -e "$state/$1.mac" ] && [ -z "$(nic_of_pci "$1")" ] && [ "$tries" -gt 0 ]; do
 		case $(driver_of "$1") in vfio-pci | uio_pci_generic) return ;; esac

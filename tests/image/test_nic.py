@@ -185,6 +185,24 @@ def test_each_queue_sends_from_the_cores_that_its_interrupts_go_to(box: Box) -> 
     assert steering(box) == [f"0000000{1 << n} tx-{n}/xps_cpus" for n in range(4)]
 
 
+def test_nobody_waits_for_a_driver_that_the_kernel_does_not_have(box: Box) -> None:
+    address = "0000:00:05.0"
+    box.nic("gone", address)
+    (box.sys / "class/net/gone").unlink()
+    device = box.sys / "devices/pci0000:00" / address
+    (device / "net/gone/device").unlink()
+    (device / "net/gone/address").unlink()
+    (device / "net/gone").rmdir()
+    (device / "modalias").write_text("pci:v00008086d000010D3sv*\n")
+    box.program("modprobe", "exit 1")
+    box.program("sleep", f"echo slept >> {box.top}/slept")
+    box.facts(f"interface inside0 inside dpdk {address}")
+    done = box.plan()
+    assert done.returncode == 0, done.stderr
+    assert f"driverctl --nosave set-override {address} uio_pci_generic" in done.stdout
+    assert not (box.top / "slept").exists()
+
+
 def test_both_interrupts_of_a_queue_go_to_its_own_core(box: Box) -> None:
     """virtio has one for what is received and one for what is sent, and one more before them all."""
     (box.sys / "devices/system/cpu").mkdir(parents=True)

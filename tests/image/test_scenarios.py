@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from image.boot import MANAGEMENT_MAC, QEMU, Machine, one_boot_at_a_time
+from image.boot import MANAGEMENT_MAC, QEMU, BootError, Machine, one_boot_at_a_time
 from image.build import BUILD, build, ensure_tree, tool
 from image.identity import make_identity
 from image.keys import Keys, make_keys
@@ -150,11 +150,13 @@ def test_a_broken_configuration_and_a_full_var_end_in_a_reachable_gateway(
         gateway("rm /var/full")
 
         gateway("echo 'pools: [' >> /var/lib/dsnat/generations/1/dsnatd.yaml")
-        console = again(gateway)
-        reason = next(line for line in console.splitlines() if "dsnatd.yaml:" in line)
-        print(reason)
+        before = len(gateway.machine.console())
+        with pytest.raises(BootError, match=r"up but not well: dsnatd\.service is"):
+            again(gateway)
+        console = gateway.machine.console()[before:]
+        print(next(line for line in console.splitlines() if "dsnatd.yaml:" in line))
         assert gateway("nft list table inet dsnat_failclosed").count("policy drop") == 1
-        assert gateway("systemctl is-active dsnatd", check=False).strip() == "failed"
+        assert gateway("systemctl is-active dsnatd", check=False).strip() in ("failed", "inactive")
 
 
 @pytest.mark.parametrize("clock", ["1990-01-01T00:00:00", "2060-01-01T00:00:00"])

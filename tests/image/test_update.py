@@ -306,7 +306,7 @@ def test_a_factory_reset_leaves_the_identity_and_nothing_else(place: Place) -> N
     gateway, *_ = place
     gateway("dsnat-image factory-reset --yes", check=False)
     assert gateway.next_start(OLD) == []
-    report: dict[str, Any] = json.loads(gateway("/usr/lib/dsnat/ready /dev/stdout"))
+    report: dict[str, Any] = json.loads(gateway("/usr/lib/dsnat/ready /run/report; cat /run/report"))
     assert report["engine"] == "no configuration yet"
     assert "No such file" in gateway("cat /var/lib/canary", check=False)
     assert gateway("readlink /var/lib/dsnat/generations/current").strip() == "0"
