@@ -28,6 +28,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from provision.model import Fleet
+from provision.names import unknown_names
 
 Loc = tuple[str | int, ...]
 
@@ -80,6 +81,7 @@ class Source:
         self._root = root
         self._texts = texts
         self._name = name
+        self.data: Any = {}
 
     def problem(
         self, loc: Loc, text: str, *, key: bool = False, other: Loc | None = None, warning: bool = False
@@ -130,11 +132,11 @@ def load(path: Path) -> tuple[Fleet, Source]:
     if root is None:
         raise InvalidFleet(problems)
     source = Source(root, texts, str(path))
-    data = _Builder(source, problems).build(root)
+    source.data = data = _Builder(source, problems).build(root)
     try:
         fleet = Fleet.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        problems += _explain(error, source)
+        problems += [*_explain(error, source), *unknown_names(data, source)]
         raise InvalidFleet(problems) from None
     if problems:
         raise InvalidFleet(problems)

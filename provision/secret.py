@@ -42,7 +42,10 @@ def vrrp_password(reference: str, directory: Path) -> str:
     """
     value = resolve(reference, directory)
     if len(value) > 8 or not value.isalnum():
-        raise SecretError(f"{reference}: a VRRP password has at most 8 letters and digits")
+        raise SecretError(
+            f"{reference}: a VRRP password has at most 8 letters and digits, the key of a pair 64 "
+            "hexadecimal digits"
+        )
     return value
 
 
@@ -69,5 +72,6 @@ def _age(path: Path, reference: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SecretError(f"{reference}: age could not be run: {error}") from None
     if done.returncode != 0:
-        raise SecretError(f"{reference}: {done.stderr.strip().splitlines()[-1:] or 'age failed'}")
+        said = done.stderr.strip().splitlines() or ["age failed"]
+        raise SecretError(f"{reference}: {said[-1]}")
     return done.stdout

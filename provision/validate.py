@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv4Interface, ip_address
 from provision import validate_cluster
 from provision.load import Loc, Problem, Source
 from provision.model import Fleet, Gateway, Pool, Service, Zone, milliseconds, span
+from provision.names import unknown_names
 from provision.render import interface_of
 
 Rule = Callable[[Fleet, Source], Iterator[Problem]]
@@ -27,31 +28,7 @@ def validate(fleet: Fleet, source: Source) -> list[Problem]:
 
 
 def names_exist(fleet: Fleet, at: Source) -> Iterator[Problem]:
-    def known(loc: Loc, name: str | None, among: object, what: str) -> Iterator[Problem]:
-        if name is not None and name not in among:  # type: ignore[operator]
-            import difflib
-
-            guess = difflib.get_close_matches(name, list(among), n=1)  # type: ignore[call-overload]
-            hint = f'did you mean "{guess[0]}"?' if guess else f"add it under {what}s:"
-            yield at.problem(loc, f'there is no {what} "{name}"; {hint}')
-
-    for where, service, _ in fleet.services():
-        for i, zone in enumerate(service.zones):
-            yield from known((*where, "zones", i, "pool"), zone.pool, fleet.pools, "pool")
-        for i, collector in enumerate(service.logging or ()):
-            for k, pool in enumerate(collector.pools):
-                yield from known((*where, "logging", i, "pools", k), pool, fleet.pools, "pool")
-        yield from known((*where, "site"), service.site, fleet.sites, "site")
-    for name, gateway in fleet.gateways.items():
-        yield from known(("gateways", name, "pair"), gateway.pair, fleet.pairs, "pair")
-        if gateway.ssh is not None:
-            yield from known(("gateways", name, "ssh", "jump"), gateway.ssh.jump, fleet.jumps, "jump")
-    for i, collector in enumerate(fleet.defaults.logging):
-        for k, pool in enumerate(collector.pools):
-            yield from known(("defaults", "logging", i, "pools", k), pool, fleet.pools, "pool")
-    yield from known(("defaults", "ssh", "jump"), fleet.defaults.ssh.jump, fleet.jumps, "jump")
-    for name, site in fleet.sites.items():
-        yield from known(("sites", name, "jump"), site.jump, fleet.jumps, "jump")
+    yield from unknown_names(at.data, at)
 
 
 def pairs_have_two(fleet: Fleet, at: Source) -> Iterator[Problem]:

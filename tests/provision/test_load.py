@@ -79,11 +79,13 @@ def test_every_error_comes_at_once_with_its_line_and_a_caret(read: Reader) -> No
         ('device: "0000:00:03.0"', "device: eth3"),
         ("id: 20", "id: 2000"),
         ("via: 198.51.100.254", "via: nowhere"),
+        ("pool: home", "pool: hone"),
     )
     with pytest.raises(InvalidFleet) as invalid:
         read(text)
     shown = str(invalid.value)
-    assert [p.line for p in invalid.value.problems] == [3, 9, 14, 18]
+    assert [p.line for p in invalid.value.problems] == [3, 9, 14, 16, 18]
+    assert 'there is no pool "hone"; did you mean "home"?' in shown
     assert "    home: {addresses: [203.0.113.4-203.0.113.1]}\n" + " " * 25 + "^" in shown
 
 
