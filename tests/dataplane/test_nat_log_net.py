@@ -1,8 +1,10 @@
-"""The NAT log at real collectors: what nfcapd, nfacctd and rsyslog wrote down is what a capture behind the
-gateway saw, as sets, also when the collector is restarted in between.
+"""The NAT log at real collectors: what nfcapd, nfacctd and rsyslog wrote down is what left by the outside
+port, as sets, also when the collector is restarted in between.
 
 The collectors run in the gateway's namespace, on 127.0.0.1. tests/flood.py makes the sessions; each datagram
-carries its own source, so the capture alone is the truth. `--log-sessions 1000000 --log-rate 100000` is the
+carries its own source. The outside port is DPDK's driver for captures: what leaves is in a file, which alone
+is the truth and knows nothing of the log. (A wire with tcpdump behind it takes three times the time of the
+engine, and is what would be measured on a small machine.) `--log-sessions 1000000 --log-rate 100000` is the
 run whose figure stands in dataplane/README.md.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import select
 import socket
@@ -37,28 +40,29 @@ Mapping = tuple[str, int, str, int]
 
 
 class Site:
-    """A gateway, the flood in front of it and a capture behind it."""
+    """A gateway, the flood in front of it and a capture behind it. At a high rate the generator and the
+    engine's threads go before all others, as they do on CPUs of their own; the collector has what is left.
+    """
 
-    def __init__(self, lab: Lab, program: Path, rest: str, sessions: int) -> None:
-        text = f"engine: {{workers: 1, max_sessions: {max(sessions * 2, 100_000)}}}\n{DPDK_INTERFACES}{rest}"
+    def __init__(self, lab: Lab, program: Path, rest: str, sessions: int, *, first: bool = False) -> None:
+        self.first, self.pcap = first, lab.directory / "outside.pcap"
+        # a third of a second of 100,000 packets: a worker that a busy machine keeps waiting must lose none
+        ports = DPDK_INTERFACES.replace("iface=vin", "iface=vin,blocksz=65536,framesz=2048,framecnt=32768")
+        ports = ports.replace("net_af_packet1,iface=vout", f"net_pcap1,tx_pcap={self.pcap}")
+        text = f"engine: {{workers: 1, max_sessions: {max(sessions * 2, 100_000)}}}\n{ports}{rest}"
         self.gateway = new_gateway(lab, program, text)
+        for task in Path(f"/proc/{self.gateway.pid()}/task").iterdir() if first else ():
+            os.sched_setscheduler(int(task.name), os.SCHED_FIFO, os.sched_param(1))
         space = self.gateway.space
         space.ip(f"neighbour replace {REMOTE} lladdr 02:00:00:00:00:14 dev outside0 nud permanent")
         self.mac = mac_of(space, "inside0")
-        self.client, self.server, self.space = self.gateway.client, self.gateway.server, space
+        self.client, self.space = self.gateway.client, space
         self.directory = lab.directory
-        self.pcap = lab.directory / "outside.pcap"
-        argv = ["tcpdump", "-n", "-i", "eth0", "-s", "80", "-B", "131072", "--immediate-mode", "-w"]
-        self.tcpdump = self.server.start(
-            *argv, str(self.pcap), "udp dst port 9", log="tcpdump.log", errors="tcpdump-errors.log"
-        )
-        errors = lab.directory / "tcpdump-errors.log"
-        wait_until("tcpdump to listen", lambda: "listening on" in errors.read_text())
         self.sent = 0
 
     def flood(self, count: int, rate: int) -> str:
         argv = (sys.executable, "-m", "tests.flood", "eth0", self.mac)
-        figures = map(str, (count, rate, self.sent))
+        figures = map(str, (count, rate, self.sent, "realtime" if self.first else ""))
         env = ("env", f"PYTHONPATH={ROOT}")
         said = self.client.run(*env, *argv, *figures, timeout_s=60 + 3 * count / rate)
         self.sent += count
@@ -86,16 +90,13 @@ class Site:
         return self.log()
 
     def truth(self) -> Counter[Mapping]:
-        """What the wire behind the gateway saw."""
-        self.tcpdump.process.terminate()
-        self.tcpdump.wait(timeout_s=20)
-        said = (self.directory / "tcpdump-errors.log").read_text()
-        assert re.search(r"^0 packets dropped by kernel", said, re.M), said
+        """What left by the outside port. The gateway ends with it: then the file is complete."""
+        self.gateway.close()
         return Counter(mappings(self.pcap.read_bytes()))
 
 
 def mappings(pcap: bytes) -> Iterable[Mapping]:
-    assert pcap[:4] == b"\xd4\xc3\xb2\xa1", "a little-endian pcap with microseconds"
+    assert pcap[:4] == b"\x4d\x3c\xb2\xa1", "a little-endian pcap with nanoseconds"
     at = 24
     while at < len(pcap):
         (length,) = struct.unpack_from("<I", pcap, at + 8)
@@ -306,7 +307,8 @@ def fast(program: Callable[[str], Path], rate: int) -> Path:
 def test_rfc8158_log4_nfcapd_has_every_session_also_across_its_restart(
     lab: Lab, program: Callable[[str], Path], sessions: int, rate: int
 ) -> None:
-    site = Site(lab, fast(program, rate), rest(f'protocol: ipfix, collector: "{COLLECTOR}"'), sessions)
+    text = rest(f'protocol: ipfix, collector: "{COLLECTOR}"')
+    site = Site(lab, fast(program, rate), text, sessions, first=rate > 20_000)
     nfcapd = Nfcapd(site)
     said = [site.flood(sessions // 2, rate)]
     first = site.settle()
@@ -317,9 +319,9 @@ def test_rfc8158_log4_nfcapd_has_every_session_also_across_its_restart(
     nfcapd.start()
     said.append(site.flood(sessions // 2, rate))
     end = site.settle()
-    truth = site.truth()
     created = site.gateway.counters()["sessions_created"]
     nfcapd.stop()
+    truth = site.truth()
     begun, ended = nfcapd.records(4), nfcapd.records(5)
     print(f"{len(truth)} sessions, {'; '.join(said)}; {json.dumps(end)}")
     assert created == len(truth) == sum(truth.values())
@@ -330,7 +332,6 @@ def test_rfc8158_log4_nfcapd_has_every_session_also_across_its_restart(
     assert end["told"] == end["records_sent"] + end["records_lost"]
     assert missing == end["records_lost"] + end["records_refused"] + end["lost"]
     assert missing < 64 * 54, "more than one system call's messages were lost in a restart"
-    site.gateway.close()
 
 
 EIM = ", mapping: endpoint-independent"
@@ -342,17 +343,16 @@ def test_rfc8158_log5_nfacctd_has_one_end_for_each_mapping(lab: Lab, program: Ca
     nfacctd = Nfacctd(site)
     site.flood(2000, 2000)
     end = site.settle()
-    truth = site.truth()
-    assert len(truth) == 2000
     wait_until("every mapping to be told", lambda: site.log()["told"] == 4000)
     wait_until(
         "nfacctd to have them",
         lambda: sum(nfacctd.records(8).values()) + sum(nfacctd.records(9).values()) == 4000,
     )
+    truth = site.truth()
+    assert len(truth) == 2000
     assert nfacctd.records(8) == truth
     assert nfacctd.records(9) == truth
     assert end["records_lost"] == end["records_refused"] == end["lost"] == 0
-    site.gateway.close()
 
 
 @pytest.mark.parametrize("transport", ["udp", "tcp"])
@@ -369,20 +369,19 @@ def test_rsyslog_reads_every_line_from_the_reload_on_that_names_it(
     site.gateway.ask(cmd="reload")
     site.flood(2000, 2000)
     end = site.settle()
-    truth = site.truth()
     wait_until(
         "rsyslogd to have them",
         lambda: (
             sum((rsyslogd.records("session-create") + rsyslogd.records("session-delete")).values()) == 4000
         ),
     )
-    assert rsyslogd.records("session-create") == truth
-    assert rsyslogd.records("session-delete") == truth
     assert end["records_sent"] == end["told"] == 4000
     file.write_text(file.read_text().removesuffix(text.removeprefix(before)))
     site.gateway.ask(cmd="reload")
     assert site.gateway.show("counters")["nat_log"]["collectors"] == []
-    site.gateway.close()
+    truth = site.truth()
+    assert rsyslogd.records("session-create") == truth
+    assert rsyslogd.records("session-delete") == truth
 
 
 def test_rfc8158_log4_over_tcp_a_broken_connection_costs_no_record(
@@ -403,12 +402,11 @@ def test_rfc8158_log4_over_tcp_a_broken_connection_costs_no_record(
 
     wait_until("the rest", all_told)
     wait_until("the last bytes", lambda: collector.serve() and len(collector.records(5)) == 3000)
+    end = site.log()
+    assert end["records_lost"] == end["lost"] == 0
     truth = site.truth()
     assert collector.records(4) == truth
     assert collector.records(5) == truth
     assert collector.reader.missed == collector.reader.unreadable == 0
     assert collector.streams >= 3
-    end = site.log()
-    assert end["records_lost"] == end["lost"] == 0
     collector.hang_up()
-    site.gateway.close()
