@@ -47,6 +47,13 @@ def fleet(found: list[dict[str, str]], identity: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def fleet_tool(file: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    begun = time.monotonic()
+    argv = [sys.executable, "-m", "provision", "--file", str(file), *words, "--json", "--jobs", "64"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done, time.monotonic() - begun
+
+
 @pytest.mark.net
 @pytest.mark.timeout(600)
 def test_500_gateways_are_planned_and_pushed_and_each_one_is_accounted_for(
@@ -64,19 +71,17 @@ def test_500_gateways_are_planned_and_pushed_and_each_one_is_accounted_for(
             kinds = {gateway["name"]: gateway["kind"] for gateway in found}
             file = tmp_path / "fleet.yaml"
             file.write_text(fleet(found, tmp_path / "user"))
-            begun = time.monotonic()
-            words = ["--file", str(file), "push", "--yes", "--json", "--jobs", "64"]
-            done = subprocess.run(
-                [sys.executable, "-m", "provision", *words],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            seconds = time.monotonic() - begun
+            planned, plan_s = fleet_tool(file, "plan")
+            done, push_s = fleet_tool(file, "push", "--yes")
+            peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10  # the servers still run
         finally:
             servers.stdin.close()
             servers.wait(30)
+    plan = json.loads(planned.stdout)
+    away = {name for name, kind in kinds.items() if kind in ("dead", "wrong-key")}
+    assert {change["gateway"] for change in plan["changes"]} == kinds.keys() - away
+    assert plan["unreached"].keys() == away
+    assert planned.returncode == 3
     assert done.stdout.startswith("{"), done.stderr
     results = {r["gateway"]: r for r in json.loads(done.stdout)["results"]}
     assert len(results) == COUNT
@@ -86,6 +91,9 @@ def test_500_gateways_are_planned_and_pushed_and_each_one_is_accounted_for(
         if kinds[name] == "wrong-key":
             assert "another host key" in result["text"]
     assert done.returncode == 3
-    peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
+    became = Counter(f"{kinds[name]} {result['outcome']}" for name, result in results.items())
     with capsys.disabled():
-        print(f"\n{COUNT} gateways: {seconds:.0f} s, at most {peak_mib} MiB, {dict(Counter(kinds.values()))}")
+        print(
+            f"\n{COUNT} gateways: plan {plan_s:.0f} s, exit {planned.returncode}; "
+            f"push {push_s:.0f} s, exit {done.returncode}; at most {peak_mib} MiB; {dict(became)}"
+        )
