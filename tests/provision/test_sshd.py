@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,9 @@ import pytest
 from provision.push import AgentRefused, SshRemote
 from provision.ssh import AuthFailed, HostKeyMismatch, Target, Unreachable, dial
 from tests.lab import wait_until
+from tests.packet import tcp
 from tests.provision.sshd import Gateway, make_key, running, user
+from tests.replay import Bench, outside
 
 pytestmark = pytest.mark.net  # real programs
 
@@ -98,6 +100,29 @@ def test_a_plan_is_pushed_confirmed_and_then_empty(gateway: Gateway) -> None:
     assert "confirmed" in run(file, "history")
     found = json.loads(run(file, "status", "--json"))["gateways"]["gw1"]
     assert (found["role"], found["state"], found["generation"], found["sessions"]) == ("master", "idle", 1, 7)
+
+
+def test_the_documentations_example_of_dsnat_is_imported_pushed_and_translates(
+    gateway: Gateway, tmp_path: Path, bench: Callable[[str], Bench]
+) -> None:
+    example = Path(__file__).parent / "dsnat"
+    gateway.hold("1.1.100.1")
+    words = ["--management", "127.0.0.1", "--host-key", gateway.host_key]
+    words += ["--interface", "eth1=1.2.0.2/16,0000:00:04.0"]
+    told = run(
+        tmp_path, "import", "--json", str(example / "keepalived.conf"), str(example / "rc.local"), *words
+    )
+    ssh = f"{{user: {user()}, identity: {gateway.identity}, port: {gateway.port}}}"
+    file = tmp_path / "fleet.yaml"
+    file.write_text(
+        json.loads(told)["fleet"].replace("schema: 1\n", f"schema: 1\ndefaults: {{ssh: {ssh}}}\n")
+    )
+    run(file, "push", "--yes")
+    engine = bench((gateway.root / "generations/current/dsnatd.yaml").read_text())
+    engine.ask({"addresses": {"eth0": ["1.1.100.2", "1.1.100.1"]}})
+    answers = [engine.send(tcp(f"1.1.1.1:{40001 + n} > 1.2.1.4:80"), on="eth0") for n in range(6)]
+    assert [outside(a).split(":")[0] for a in answers] == ["1.2.100.1", "1.2.100.2", "1.2.100.3"] * 2
+    assert engine.send(tcp("1.9.1.1:40000 > 1.2.1.4:80"), on="eth0").reason == "no_zone"
 
 
 def test_a_change_of_the_pool_reloads_the_engine_and_nothing_else(gateway: Gateway) -> None:
