@@ -65,6 +65,10 @@ class Known:
     devices: tuple[tuple[str, str], ...] = ()  # interface, PCI address
 
 
+class NotDsnat(Exception):
+    """Files that hold nothing to import. One sentence."""
+
+
 @dataclass(frozen=True)
 class Imported:
     text: str
@@ -87,8 +91,8 @@ def import_files(files: Sequence[tuple[str, str]], known: dict[str, Known] | Non
             if not nodes:
                 nodes.append(Node("gw1"))
             _shell(name, text, nodes[-1], remarks)
-    if not nodes:
-        nodes.append(Node("gw1"))
+    if all(node == Node(node.name) for node in nodes):
+        raise NotDsnat("nothing of dsnat's stands in what was given; name keepalived.conf first")
     return Imported(_fleet(nodes, known or {}, remarks), tuple(remarks))
 
 
@@ -106,7 +110,7 @@ class Line:
 Remark = Callable[[Line, str], None]
 
 
-def _blocks(text: str) -> list[Line]:
+def _blocks(text: str, remark: Remark) -> list[Line]:
     """keepalived's syntax: words, and blocks in braces; # and ! begin a comment."""
     stack: list[list[Line]] = [[]]
     heads: list[tuple[int, tuple[str, ...]]] = []
@@ -119,7 +123,7 @@ def _blocks(text: str) -> list[Line]:
                     head = stack[-1].pop()  # the brace stands on a line of its own
                     heads.append((head.number, head.words))
                 else:
-                    heads.append((number, tuple(words)))
+                    heads.append((number, tuple(words) or ("{",)))
                 words = []
                 stack.append([])
             elif word == "}":
@@ -130,10 +134,17 @@ def _blocks(text: str) -> list[Line]:
                     inside = tuple(stack.pop())
                     at, head_words = heads.pop()
                     stack[-1].append(Line(at, head_words, inside))
+                else:
+                    remark(Line(number, (), None), "a } that closes nothing")
             else:
                 words.append(word)
         if words:
             stack[-1].append(Line(number, tuple(words), None))
+    while heads:
+        at, head_words = heads.pop()
+        head = Line(at, head_words, tuple(stack.pop()))
+        remark(head, f"{' '.join(head_words)} is never closed; taken to the end of the file")
+        stack[-1].append(head)
     return stack[0]
 
 
@@ -144,7 +155,7 @@ def _keepalived(file: str, text: str, name: str, remarks: list[str]) -> Node:
         remarks.append(f"{file}:{line.number}: {what}")
 
     sync: list[str] = []
-    for line in _blocks(text):
+    for line in _blocks(text, remark):
         word = line.words[0] if line.words else ""
         inside = line.inside or ()
         if word == "local_address_group" and len(line.words) > 1:
@@ -350,6 +361,11 @@ def _ipvsadm(words: list[str], where: str, node: Node, remarks: list[str]) -> No
         if network is None:
             remarks.append(f"{where}: {zone} is not a prefix; left out")
             return
+        try:
+            IPv4Address(address)
+        except ValueError:
+            remarks.append(f"{where}: {address} is not an address; left out")
+            return
         group = f"laddr_{str(network).replace('.', '_').replace('/', '_')}" if zone is not None else "laddr"
         node.groups.setdefault(group, []).append(address)
         node.zones = [(known, group if known == network else named) for known, named in node.zones]
@@ -496,6 +512,8 @@ def _service_lines(
             if group in pools:
                 lines += [f"  - {{source: {network}, pool: {group}}}"]
             else:
+                if group is not None and group not in node.groups:
+                    remarks.append(f"zone {network} names {group}, and there is no such group; it is dropped")
                 lines += [f"  - {{source: {network}, action: drop}}"]
     if node.routes:
         lines += ["routes:", *(f"  - {{to: {to}, via: {via}}}" for to, via in node.routes)]

@@ -137,7 +137,7 @@ def import_(
     What could not be carried over is named on standard error. Gateways are called gw1, gw2 in the
     order of files.
     """
-    from provision.dsnat import import_files
+    from provision.dsnat import NotDsnat, import_files
 
     texts: list[tuple[str, str]] = []
     for file in files:
@@ -145,12 +145,17 @@ def import_(
             texts.append((str(file), file.read_text(errors="replace")))
         except OSError as error:
             raise Exit(INVALID, f"{file} cannot be read: {error.strerror}") from error
-    imported = import_files(texts, _known(management, host_key, interface))
+        if "\0" in texts[-1][1]:
+            raise Exit(INVALID, f"{file} is not a text file; name keepalived.conf, rc.local or ipvsadm -S")
+    try:
+        imported = import_files(texts, _known(management, host_key, interface))
+    except NotDsnat as error:
+        raise Exit(INVALID, str(error)) from error
     if as_json:
         emit({"fleet": imported.text, "remarks": imported.remarks})
         return
     for remark in imported.remarks:
-        print(remark, file=sys.stderr)
+        print("".join(c if c.isprintable() else "?" for c in remark), file=sys.stderr)
     print(imported.text, end="")
 
 

@@ -125,6 +125,10 @@ def test_a_node_of_dsnat_is_imported_from_the_command_line(tmp_path: Path) -> No
     assert 'eth0: {role: inside, path: dpdk, device: "0000:00:03.0", addresses: [1.1.0.2/16]}' in text
     assert "keepalived.conf:60: syn_proxy had no effect" in text
     run("import", str(tmp_path / "none"), status=2)
+    (tmp_path / "bin").write_bytes(b"\x7fELF\0\x1b[2J")
+    assert "is not a text file" in run("import", str(tmp_path / "bin"), status=2)
+    (tmp_path / "odd").write_text("\x1b[2J {\n}\n" + example.read_text())
+    assert "\x1b" not in run("import", str(tmp_path / "odd"))
     told = json.loads(run("import", "--json", str(example), *words))
     assert told["fleet"].startswith("# Imported from dsnat")
     assert any("syn_proxy had no effect" in remark for remark in told["remarks"])

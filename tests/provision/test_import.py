@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from provision.dsnat import Imported, Known, import_files
+from provision.dsnat import Imported, Known, NotDsnat, import_files
 from provision.load import load
 from provision.render import render
 from provision.validate import validate
@@ -142,6 +142,39 @@ def test_ipvsadm_lines_are_read_also_with_the_documentations_dashes(text: str) -
     found = import_files([("ipvsadm", text)], KNOWN).text
     assert "{source: 1.1.0.0/16, pool: laddr_1_1_0_0_16}" in found
     assert "laddr_1_1_0_0_16: {addresses: [1.2.100.1, 1.2.100.2]}" in found
+
+
+def test_a_block_that_is_never_closed_is_read_to_the_end_and_named() -> None:
+    cut = EXAMPLE[: EXAMPLE.index("syn_proxy")]
+    imported = import_files([("k", cut)], KNOWN)
+    assert imported.text == import_files([("k", EXAMPLE)], KNOWN).text
+    assert "k:55: virtual_server 0.0.0.0 0 is never closed; taken to the end of the file" in imported.remarks
+
+
+@pytest.mark.parametrize(
+    ("added", "remark"),
+    [
+        ("}\n", "k:62: a } that closes nothing"),
+        ("vrrp_instance VI_3 {\n {\n x\n }\n}\n", "k:63: { of VI_3 is not carried over"),
+        ("vrrp_instance VI_3 {\n priority high\n}\n", "k:63: priority of VI_3 is not carried over"),
+        ("zone 1.3.0.0 16 {\n laddr_group_name nope\n}\n", "zone 1.3.0.0/16 names nope, and there is no"),
+    ],
+)
+def test_what_keepalived_would_not_take_either_is_named(added: str, remark: str) -> None:
+    found = import_files([("k", EXAMPLE + added)], KNOWN).remarks
+    assert any(line.startswith(remark) for line in found), found
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "\n\n"])
+def test_files_without_anything_of_dsnat_are_refused(text: str) -> None:
+    with pytest.raises(NotDsnat, match="nothing of dsnat's"):
+        import_files([("k", text)], KNOWN)
+
+
+def test_an_address_of_ipvsadm_that_is_none_is_left_out() -> None:
+    found = import_files([("s", "-A -t 0.0.0.0:0 -s rr\n-P --zone 1.1/16 -z 1.2.100.300\n")], KNOWN)
+    assert "s:2: 1.2.100.300 is not an address; left out" in found.remarks
+    assert "300" not in found.text
 
 
 def test_rc_local_gives_addresses_and_routes(tmp_path: Path) -> None:
