@@ -113,6 +113,7 @@ static uint32_t store(struct nat_engine *e, struct nat_pkt *pkt, const struct na
 		return record;
 	if (want->flags & NAT_RECORD_TRACKED)
 		nat_port_release(e, want);
+	nat_block_leave(e, want);
 	if (want->flags & NAT_RECORD_STATIC)
 		refuse(e, pkt, NAT_REASON_TABLE_FULL);
 	else

@@ -52,6 +52,7 @@ static enum nat_map_result make_asked(struct nat_engine *e, const struct nat_map
 		return NAT_MAP_OK;
 	if (choice.tracked)
 		nat_port_release(e, &want);
+	nat_block_leave(e, &want);
 	return NAT_MAP_NO_RESOURCES;
 }
 

@@ -69,30 +69,44 @@ enum nat_reason nat_block_take(struct nat_engine *e, const struct nat_pool *pool
 		*port_be = take_in(e, pool, i, outside, parity, like_be, tracked);
 		if (*port_be == 0)
 			continue; /* all its ports are held by sessions older than the blocks */
-		block[i] = (struct nat_block){host_be, 0};
-		tell(e, NAT_EVENT_BLOCK_TAKEN, pool, i, host_be, outside->local_be);
+		block[i] =
+			(struct nat_block){host_be, 0}; /* told when the record is there: nat_block_count() */
 		return NAT_REASON_OK;
 	}
 	return owned > 0 ? NAT_REASON_HOST_PORTS : NAT_REASON_NO_PORT;
 }
 
-void nat_block_count(struct nat_engine *e, const struct nat_session *s, bool begins)
+/* The block that a record's port lies in, and its number; NULL: in none. */
+static struct nat_block *block_of(const struct nat_engine *e, const struct nat_session *s,
+				  const struct nat_pool **pool, uint32_t *number)
 {
 	if (e->policy->n_blocks == 0)
-		return;
+		return NULL;
 	const uint32_t address = nat_policy_address(e->policy, s->out_addr_be);
 
 	if (address == UINT32_MAX)
+		return NULL;
+	*pool = &e->policy->pool[e->policy->address[address].pool];
+	const uint32_t offset = (uint32_t)NAT_NTOH16(s->out_port_be) - (*pool)->port_first;
+	if ((*pool)->n_blocks == 0 || offset >= (*pool)->n_blocks * (*pool)->block_ports)
+		return NULL;
+	*number = offset / (*pool)->block_ports;
+	return &blocks_of(e, *pool, address)[*number];
+}
+
+void nat_block_count(struct nat_engine *e, const struct nat_session *s, bool begins)
+{
+	const struct nat_pool *pool;
+	uint32_t i;
+	struct nat_block *block = block_of(e, s, &pool, &i);
+
+	if (!block)
 		return;
-	const struct nat_pool *pool = &e->policy->pool[e->policy->address[address].pool];
-	const uint32_t offset = (uint32_t)NAT_NTOH16(s->out_port_be) - pool->port_first;
-	if (pool->n_blocks == 0 || offset >= pool->n_blocks * pool->block_ports)
-		return;
-	const uint32_t i = offset / pool->block_ports;
-	struct nat_block *block = &blocks_of(e, pool, address)[i];
 	if (begins) {
 		if (block->host_be == 0)
 			block->host_be = s->inside.local_be; /* after a restart */
+		else if (block->host_be == s->inside.local_be && block->taken == 0)
+			tell(e, NAT_EVENT_BLOCK_TAKEN, pool, i, s->inside.local_be, s->out_addr_be);
 		block->taken += block->host_be == s->inside.local_be;
 		return;
 	}
@@ -102,4 +116,14 @@ void nat_block_count(struct nat_engine *e, const struct nat_session *s, bool beg
 		block->host_be = 0;
 		tell(e, NAT_EVENT_BLOCK_FREED, pool, i, s->inside.local_be, s->out_addr_be);
 	}
+}
+
+void nat_block_leave(struct nat_engine *e, const struct nat_session *want)
+{
+	const struct nat_pool *pool;
+	uint32_t i;
+	struct nat_block *block = block_of(e, want, &pool, &i);
+
+	if (block && block->host_be == want->inside.local_be && block->taken == 0)
+		block->host_be = 0;
 }

@@ -540,6 +540,8 @@ enum nat_reason nat_block_take(struct nat_engine *e, const struct nat_pool *pool
 
 /* A record that owns a port begins or ends. */
 void nat_block_count(struct nat_engine *e, const struct nat_session *s, bool begins);
+/* The record that a port was taken for found no room: a block that was taken with it is free again. */
+void nat_block_leave(struct nat_engine *e, const struct nat_session *want);
 
 /* ---- events (event.c) ---- */
 

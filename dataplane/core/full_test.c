@@ -1,0 +1,59 @@
+/* A full table: what is refused leaves nothing behind, and nothing is refused for the sake of a session whose time is over. */
+#include <assert.h>
+
+#include "testbed.h"
+
+enum { RECORDS = 1024, BLOCK = 64 };
+
+static uint32_t host_of(uint32_t i)
+{
+	return ADDRESS(100, 64, 0, 1) + i;
+}
+
+static struct nat_pkt talk(struct testbed *t, uint32_t host, uint16_t port, uint64_t now_ns)
+{
+	uint8_t bytes[28];
+
+	return testbed_udp(t, bytes, 0, host, port, ADDRESS(198, 51, 100, 1), 443, now_ns);
+}
+
+/* One host fills the table; others come, each of which would need a block of its own. */
+static void test_a_refused_session_leaves_its_block_to_others(enum nat_mapping_kind mapping)
+{
+	struct testbed t;
+	uint64_t now_ns = SECOND_NS;
+	struct nat_event event;
+	uint32_t taken = 0, freed = 0;
+
+	testbed_config(&t, 1, 1024, 1024 + 40 * BLOCK - 1, RECORDS);
+	t.pool.mapping = mapping;
+	t.pool.block_ports = BLOCK;
+	t.pool.blocks_per_host = 32;
+	testbed_start(&t, now_ns);
+	for (uint16_t port = 2000; t.e->records_left > 0; port++)
+		talk(&t, host_of(0), port, now_ns);
+	for (uint32_t i = 1; i <= 100; i++)
+		assert(talk(&t, host_of(i), 2000, now_ns).reason == NAT_REASON_TABLE_FULL);
+	now_ns += 121 * SECOND_NS;
+	for (uint32_t i = 0; i < 100; i++)
+		nat_engine_tick(t.e, now_ns);
+	now_ns += 121 * SECOND_NS; /* a port may rest */
+	for (uint32_t i = 0; i < 100; i++)
+		nat_engine_tick(t.e, now_ns);
+	assert(t.e->records_left == RECORDS);
+	while (nat_engine_event(t.e, &event)) {
+		taken += event.kind == NAT_EVENT_BLOCK_TAKEN;
+		freed += event.kind == NAT_EVENT_BLOCK_FREED;
+	}
+	assert(taken == freed);
+	for (uint32_t i = 0; i < 40; i++)
+		assert(talk(&t, host_of(1000 + i), 2000, now_ns).verdict == NAT_FORWARD);
+	testbed_stop(&t, false);
+}
+
+int main(void)
+{
+	test_a_refused_session_leaves_its_block_to_others(NAT_ENDPOINT_DEPENDENT);
+	test_a_refused_session_leaves_its_block_to_others(NAT_ENDPOINT_INDEPENDENT);
+	return 0;
+}
