@@ -176,7 +176,8 @@ static void send_made(struct nat_engine *e, const struct nat_pkt *about, uint8_t
 	const uint32_t destination_be = nat_get32(ip + NAT_IP_DESTINATION);
 
 	e->world.route(e->world.context, &destination_be, &made.hop, 1);
-	if (ip[NAT_IP_PROTOCOL] == NAT_PROTO_ICMP && e->policy->silent[made.hop.iface])
+	if (ip[NAT_IP_PROTOCOL] == NAT_PROTO_ICMP && made.hop.iface < e->policy->n_interfaces &&
+	    e->policy->silent[made.hop.iface])
 		return; /* RFC 5508 REQ-9 */
 	nat_settle(&made, NAT_FORWARD, NAT_REASON_OK);
 	e->counters.made++;
