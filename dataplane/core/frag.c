@@ -387,6 +387,11 @@ void nat_frags_cut(struct nat_engine *e, struct nat_pkt *pkt)
 		return;
 	const unsigned header_bytes = pkt->l4_offset, payload_bytes = pkt->total_bytes - header_bytes;
 	const unsigned fragment = nat_read16(pkt->l3 + NAT_IP_FRAGMENT);
+	if (pkt->hop.mtu_bytes < header_bytes + 8) { /* the kernel takes a route with any MTU */
+		nat_engine_undo(e, pkt, NAT_REASON_TOO_BIG);
+		nat_drop(pkt, NAT_REASON_TOO_BIG);
+		return;
+	}
 	const unsigned each_bytes = (pkt->hop.mtu_bytes - header_bytes) & ~7u;
 	const unsigned n = (payload_bytes + each_bytes - 1) / each_bytes - 1;
 	if (box->n_cut + n > NAT_CUT_MAX ||

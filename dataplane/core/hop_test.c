@@ -1,4 +1,4 @@
-/* Next hops that are the kernel's to choose: an interface that the configuration does not name. */
+/* Next hops that are the kernel's to choose: an interface that the configuration does not name, an MTU that no link has. */
 #include <assert.h>
 
 #include "testbed.h"
@@ -43,8 +43,44 @@ static void test_an_error_may_leave_by_an_interface_that_is_not_configured(void)
 	testbed_stop(&t, false);
 }
 
+/* `ip route add ... mtu 20` is taken by the kernel. What cannot be cut into anything is dropped. */
+static void test_a_route_with_an_mtu_below_all_sense_drops_and_goes_on(void)
+{
+	static uint8_t bytes[1500];
+
+	for (uint16_t mtu_bytes = 1; mtu_bytes <= 80; mtu_bytes++)
+		for (uint32_t header_bytes = 20; header_bytes <= 60; header_bytes += 40) {
+			struct testbed t;
+			struct nat_pkt pkt, piece;
+			uint64_t pieces = 0;
+
+			start(&t);
+			out.mtu_bytes = mtu_bytes;
+			testbed_write_udp(bytes, ADDRESS(100, 64, 0, 2), 4000, ADDRESS(198, 51, 100, 1), 9);
+			memmove(bytes + header_bytes, bytes + 20, 8);
+			memset(bytes + 20, 1, header_bytes - 20);
+			bytes[0] = (uint8_t)(0x40 | header_bytes / 4);
+			nat_write16(bytes + NAT_IP_LENGTH, sizeof(bytes));
+			nat_put16(bytes + NAT_IP_CHECKSUM, 0);
+			nat_put16(bytes + NAT_IP_CHECKSUM, nat_csum_bytes(bytes, header_bytes));
+			pkt = (struct nat_pkt){.l3 = bytes, .len_bytes = sizeof(bytes), .iface = 0};
+			nat_engine_run(t.e, &pkt, 1, SECOND_NS);
+			while (nat_engine_next(t.e, &piece))
+				pieces += piece.made;
+			if (mtu_bytes < header_bytes + 8)
+				assert(pkt.verdict == NAT_DROP && pieces == 0);
+			else
+				assert(pkt.verdict == NAT_FORWARD && pieces > 0 &&
+				       pkt.len_bytes <= mtu_bytes);
+			const struct nat_counters *c = nat_engine_counters(t.e);
+			assert(c->received == c->forwarded + (pkt.verdict == NAT_DROP));
+			testbed_stop(&t, false);
+		}
+}
+
 int main(void)
 {
 	test_an_error_may_leave_by_an_interface_that_is_not_configured();
+	test_a_route_with_an_mtu_below_all_sense_drops_and_goes_on();
 	return 0;
 }
