@@ -14,6 +14,7 @@ struct step {
 	uint32_t n, first, range, since_s;
 	uint64_t cursor, waiting;
 	bool more, last;
+	uint32_t left[SYNC_IMPORT], n_left; /* records whose place has another session now */
 	struct nat_replica_sum *sum;
 	uint32_t *records, *slots;
 };
@@ -151,15 +152,30 @@ static void name_conflict(struct sync *s, const struct nat_replica *r)
 		 ntohs(r->out_port_be), r->inside.protocol);
 }
 
-static void import_session(struct nat_engine *e, struct sync *s, const struct nat_replica *r)
+/* `record` stands for the place from now on. What stood for it before has ended at the peer: it had no word of its own, because
+ * a place is told as it is by then. */
+static void stand_for(struct step *step, uint32_t slot, uint32_t record)
 {
+	struct sync *s = step->s;
+	const uint32_t before = s->shadow[slot];
+
+	if (before != NAT_NO_SESSION && before != record && s->origin[before] == slot) {
+		s->origin[before] = NAT_NO_SESSION;
+		step->left[step->n_left++] = before;
+	}
+	s->shadow[slot] = record;
+}
+
+static void import_session(struct nat_engine *e, struct step *step, const struct nat_replica *r)
+{
+	struct sync *s = step->s;
 	/* so that both sides decide alike when both used it in the same second */
 	const bool yields = memcmp(s->epoch, s->peer_epoch, SYNC_EPOCH_BYTES) < 0;
 	uint32_t record;
 
 	switch (nat_engine_import(e, r, yields, &record)) {
 	case NAT_IMPORT_DONE:
-		s->shadow[r->slot] = record;
+		stand_for(step, r->slot, record);
 		s->origin[record] = r->slot;
 		return;
 	case NAT_IMPORT_OURS:
@@ -177,7 +193,7 @@ static void import_session(struct nat_engine *e, struct sync *s, const struct na
 		s->seen.invalid++;
 		break;
 	}
-	s->shadow[r->slot] = NAT_NO_SESSION;
+	stand_for(step, r->slot, NAT_NO_SESSION);
 }
 
 static void import_some(struct nat_engine *e, uint64_t now_ns, void *argument)
@@ -192,7 +208,7 @@ static void import_some(struct nat_engine *e, uint64_t now_ns, void *argument)
 			continue; /* there is a later word */
 		if (r->kind != NAT_REPLICA_GONE) {
 			if (nat_engine_import_place(e, r) == step->worker)
-				import_session(e, s, r);
+				import_session(e, step, r);
 			continue;
 		}
 		const uint32_t record = s->shadow[r->slot];
@@ -206,6 +222,17 @@ static void import_some(struct nat_engine *e, uint64_t now_ns, void *argument)
 			s->origin[record] = NAT_NO_SESSION;
 		s->shadow[r->slot] = NAT_NO_SESSION;
 	}
+}
+
+static void end_left(struct nat_engine *e, uint64_t now_ns, void *argument)
+{
+	struct step *step = argument;
+
+	(void)now_ns;
+	for (uint32_t i = 0; i < step->n_left; i++)
+		if (step->s->origin[step->left[i]] ==
+		    NAT_NO_SESSION) /* else it stands for another place again */
+			nat_engine_import_end(e, step->left[i]);
 }
 
 bool sync_import(struct sync *s)
@@ -228,7 +255,12 @@ bool sync_import(struct sync *s)
 	s->n_items = 0;
 	for (step.first = 0; step.first < n; step.first += SYNC_IMPORT) {
 		step.n = n - step.first < SYNC_IMPORT ? n - step.first : SYNC_IMPORT;
-		if (!on_all(s, import_some, &step))
+		step.n_left = 0;
+		const bool done = on_all(s, import_some, &step);
+		for (uint32_t worker = 0; step.n_left > 0 && worker < s->ops->n_workers; worker++)
+			(void)on_worker(s, worker, end_left,
+					&step); /* one that is busy ends it by its time */
+		if (!done)
 			return false;
 	}
 	return true;
