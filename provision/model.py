@@ -255,7 +255,10 @@ class Ssh(Model):
     identity: str | None = Field(
         default=None, description="private key file; without it the ssh agent is asked"
     )
-    connect_timeout: Duration = "10s"
+    connect_timeout: Duration = Field(
+        default="10s",
+        description="to connect and log in; an answer may take three times as long, or a minute",
+    )
     jump: Name | None = Field(default=None, description="a jump host from `jumps`")
 
 

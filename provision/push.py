@@ -66,6 +66,8 @@ class SshRemote:
         self, request: Mapping[str, Any], *, deadline_s: float, stream: Iterable[bytes] = ()
     ) -> dict[str, Any]:
         line = json.dumps({"protocol": PROTOCOL, **request}).encode() + b"\n"
+        # who is given long to connect is slow to answer too
+        deadline_s = max(deadline_s, 3 * self._connection.timeout_s)
         done = self._connection.run([AGENT], stdin=line, stream=stream, deadline_s=deadline_s)
         answer = next((text for text in reversed(done.output.splitlines()) if text.startswith("{")), None)
         if answer is None:

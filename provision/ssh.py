@@ -127,8 +127,9 @@ class Completed:
 class Connection:
     """A logged-in connection. Use it from one thread and close it."""
 
-    def __init__(self, transport: paramiko.Transport, name: str, below: Connection | None) -> None:
-        self._transport, self._name, self._below = transport, name, below
+    def __init__(self, transport: paramiko.Transport, target: Target, below: Connection | None) -> None:
+        self._transport, self._name, self._below = transport, target.name, below
+        self.timeout_s = target.connect_timeout_s
 
     def run(
         self,
@@ -236,7 +237,7 @@ def _dial_once(target: Target) -> Connection:
         except BaseException:
             transport.close()
             raise
-        return Connection(transport, target.name, below)
+        return Connection(transport, target, below)
     except BaseException:
         if below is not None:
             below.close()
