@@ -326,6 +326,8 @@ static void meet(struct sync *s, const struct sync_packet *packet)
 			packet->head.n_records);
 		return;
 	}
+	if (s->has_peer)
+		memcpy(s->past_epoch[s->n_past++ % SYNC_PAST], s->peer_epoch, SYNC_EPOCH_BYTES);
 	memcpy(s->peer_epoch, packet->epoch, SYNC_EPOCH_BYTES);
 	s->has_peer = true;
 	s->heard_all = s->end_due = false;
@@ -386,12 +388,21 @@ static void take_entries(struct sync *s, const struct sync_packet *packet)
 	}
 }
 
+/* An epoch never comes again: who says so has recorded it, and would have us forget the peer that lives. */
+static bool is_past(const struct sync *s, const uint8_t epoch[SYNC_EPOCH_BYTES])
+{
+	for (uint32_t i = 0; i < s->n_past && i < SYNC_PAST; i++)
+		if (memcmp(s->past_epoch[i], epoch, SYNC_EPOCH_BYTES) == 0)
+			return true;
+	return false;
+}
+
 static void take_packet(struct sync *s, const uint8_t *bytes, size_t n_bytes)
 {
 	struct sync_packet packet;
 
 	if (!sync_open_sealed(&packet, s->key, bytes, n_bytes) ||
-	    memcmp(packet.epoch, s->epoch, SYNC_EPOCH_BYTES) == 0) {
+	    memcmp(packet.epoch, s->epoch, SYNC_EPOCH_BYTES) == 0 || is_past(s, packet.epoch)) {
 		s->seen.dropped++;
 		return;
 	}

@@ -8,6 +8,7 @@
 
 #define SYNC_WINDOW      192u /* datagrams on their way: fewer than SYNC_ACK_BITS */
 #define SYNC_BATCH       64u  /* datagrams read at once */
+#define SYNC_PAST        256u /* starts of the peer that are remembered */
 #define SYNC_EXPORT      512u /* changes taken from a worker at once, about 50 us */
 #define SYNC_IMPORT      256u /* changes given to one at once */
 #define SYNC_SECOND_NS   UINT64_C(1000000000)
@@ -47,6 +48,8 @@ struct sync {
 	uint32_t n_records, n_ranges;
 	/* the peer */
 	uint8_t epoch[SYNC_EPOCH_BYTES], peer_epoch[SYNC_EPOCH_BYTES];
+	uint8_t past_epoch[SYNC_PAST][SYNC_EPOCH_BYTES]; /* of the peer, before it was started again */
+	uint32_t n_past;
 	bool has_peer;
 	uint64_t heard_ns, said_ns, hello_ns;
 	uint32_t peer_records;

@@ -196,8 +196,30 @@ static void test_a_place_that_has_a_new_session_has_the_old_one_no_longer(void)
 	stage_close(&s);
 }
 
+/* Somebody has recorded the peer's datagrams, and the peer was restarted since. */
+static void test_what_a_peer_said_before_it_was_restarted_is_not_taken_again(void)
+{
+	struct stage s;
+
+	stage_open(&s);
+	meet(&s);
+	const struct datagram before = session(&s, 7, 1);
+	send_datagram(&s, &before);
+	assert(heard(&s) == 1);
+	be_born(&s, 2);
+	const struct datagram after = session(&s, 7, 2);
+	send_datagram(&s, &after);
+	assert(heard(&s) == 2);
+	send_datagram(&s, &before);
+	assert(heard(&s) == 2);
+	send_datagram(&s, &after); /* it has not been forgotten either */
+	assert(heard(&s) == 2);
+	stage_close(&s);
+}
+
 int main(void)
 {
 	test_a_place_that_has_a_new_session_has_the_old_one_no_longer();
+	test_what_a_peer_said_before_it_was_restarted_is_not_taken_again();
 	return 0;
 }

@@ -4,7 +4,8 @@
  *
  * Sealed by XChaCha20-Poly1305 (libsodium) with the pair's key; what stands before the seal is authenticated with it. The
  * nonce is epoch and number: an epoch is drawn at random at each start, a number is used once in it. What was recorded in an
- * earlier epoch of ours is not taken, because a packet must name our epoch (`echo`); what was recorded in this one is not taken twice.
+ * earlier epoch of ours is not taken, because a packet must name our epoch (`echo`); what was recorded in this one is not taken twice, neither
+ * from the peer that lives nor from what it was before its last starts.
  */
 #ifndef SYNC_WIRE_H
 #define SYNC_WIRE_H
