@@ -103,7 +103,9 @@ void nat_replica_begins(struct nat_engine *e, uint32_t record)
 	if (e->record[record].state & NAT_STATE_FOREIGN)
 		return;
 	if (r->n_young == NAT_REPLICA_YOUNG || r->hold_back_ms == 0) {
-		mark(e, record); /* sooner than asked for, but not lost */
+		/* sooner than asked for, but not lost: what is known is not held back, and nobody would remind us of it */
+		set(r->known, record);
+		mark(e, record);
 		return;
 	}
 	r->young[(r->first_young + r->n_young++) % NAT_REPLICA_YOUNG] =

@@ -277,6 +277,31 @@ static void test_a_peer_with_an_empty_table_gets_everything(void)
 	testbed_stop(&b, false);
 }
 
+/* More begin within the hold-back time than are remembered: those beyond are told early, but told. */
+static void test_a_session_is_told_also_when_too_many_are_young(void)
+{
+	static struct link ab;
+	struct testbed a, b;
+	uint64_t now_ns = 10 * SECOND_NS;
+
+	link_clear(&ab);
+	start(&a, NAT_ENDPOINT_DEPENDENT, 0, 0, now_ns);
+	start(&b, NAT_ENDPOINT_DEPENDENT, 0, 0, now_ns);
+	for (uint32_t i = 0; i < NAT_REPLICA_YOUNG; i++)
+		a.e->replicas.young[i] =
+			(struct nat_replica_young){MAX - 1, (uint32_t)(now_ns / 1000000)}; /* over by then */
+	a.e->replicas.n_young = NAT_REPLICA_YOUNG;
+	talk(&a, 1, false, now_ns, true);
+	talk(&a, 2, false, now_ns, true);
+	for (uint32_t s = 0; s < 5; s++) {
+		pump(&a, &b, &ab, 0, NULL);
+		nat_engine_tick(a.e, now_ns += SECOND_NS);
+	}
+	assert(nat_engine_counters(b.e)->sessions == 2 && equal(&a, &b, &ab, 2));
+	testbed_stop(&a, false);
+	testbed_stop(&b, false);
+}
+
 int main(void)
 {
 	for (uint32_t loss = 0; loss < 8; loss += 3) {
@@ -287,5 +312,6 @@ int main(void)
 	test_a_peer_that_is_silent_keeps_sessions_no_longer_than_a_minute_beyond_their_time();
 	test_of_two_that_cannot_both_be_the_one_used_last_stays();
 	test_a_peer_with_an_empty_table_gets_everything();
+	test_a_session_is_told_also_when_too_many_are_young();
 	return 0;
 }
