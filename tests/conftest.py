@@ -45,6 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--log-rate", type=int, default=5_000, help="of them in a second")
     parser.addoption("--explain-packets", type=int, default=3000, help="packets that explain foretells")
     parser.addoption("--sessions", type=int, default=20_000, help="sessions in the table that is listed")
+    parser.addoption("--scrapes", type=int, default=20, help="of the metrics, with and without sessions")
+    parser.addoption("--realtime", action="store_true", help="measure as if others left the cores alone")
     parser.addoption("--reloads", type=int, default=10, help="reloads while connections stay open")
 
 

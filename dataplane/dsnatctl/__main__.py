@@ -44,10 +44,15 @@ def do_show(arguments: argparse.Namespace) -> int:
     if arguments.what == "destinations" and arguments.limit:
         request["limit"] = arguments.limit
     with Engine(arguments.socket) as engine:
-        answer = engine.ask(**request)
-        if arguments.what == "destinations" and arguments.seconds > 0:
-            time.sleep(arguments.seconds)  # a time until full needs a rate, and the engine keeps no history
-            answer = show.with_time_to_full(answer, engine.ask(**request), arguments.seconds)
+        answer = {} if arguments.what == "destinations" else engine.ask(**request)
+        if arguments.what == "pools":
+            request = {"cmd": "show", "what": "destinations"}
+        if arguments.what in ("pools", "destinations"):
+            scarce = engine.ask(**request)
+            if arguments.seconds > 0:  # a time until full needs a rate, and the engine keeps no history
+                time.sleep(arguments.seconds)
+                scarce = show.with_time_to_full(scarce, engine.ask(**request), arguments.seconds)
+            answer |= scarce
     tell(answer, VIEWS[arguments.what], as_json=arguments.json)
     return 0
 
@@ -416,10 +421,9 @@ def parser() -> argparse.ArgumentParser:
             add_filters(one)
         if name == "pools":
             one.add_argument("--pool", metavar="NAME", help="only this one")
-        if name == "destinations":
-            one.add_argument(
-                "--seconds", type=float, default=0, metavar="S", help="look twice, S apart: time until full"
-            )
+        if name in ("pools", "destinations"):
+            text = "look twice, S apart: when scarce ports will be spent"
+            one.add_argument("--seconds", type=float, default=0, metavar="S", help=text)
         if name in ("sessions", "pools", "destinations"):
             one.add_argument("--limit", type=positive, metavar="N", help="at most N rows")
     verb("status", do_status, "is the engine well, and what does it run")

@@ -272,10 +272,11 @@ def _port(out: Page, port: Json) -> None:
 def scrape(path: str) -> str:
     try:
         with Engine(path, timeout_s=5.0) as engine:
-            shows = ("workers", "zones", "ports", "counters", "sync")
-            answers = {what: engine.ask(cmd="show", what=what) for what in shows}
-            answers["pools"] = engine.ask(cmd="show", what="pools", small=ADDRESSES_MAX)
-            return page({"status": engine.ask(cmd="status"), **answers})
+            shows = ("workers", "zones", "ports", "counters", "sync", "pools")
+            requests: list[Json] = [{"cmd": "show", "what": what} for what in shows]
+            requests[-1]["small"] = ADDRESSES_MAX
+            *answers, status = engine.ask_all([*requests, {"cmd": "status"}])
+            return page({"status": status, **dict(zip(shows, answers, strict=True))})
     except (Unreachable, Refused) as error:
         return down(error)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dsnatctl.client import Json
 
+WORST = 5  # destinations below the pools
 SESSION = "{:<5} {:<21} {:<21} {:<21} {:<12} {:>7} {:>7} {:>8} {:>12} {:>12}  {}"
 
 
@@ -53,21 +54,40 @@ def pools(answer: Json) -> Iterator[str]:
             f"{pool['name']}: {pool['mapping']}, {pool['select']}, ports {pool['ports']}, "
             f"{pool['n_addresses']} addresses{drains}, {pool['sessions']} sessions{active}"
         )
+        n_ports = pool["n_ports"] // pool["n_addresses"] if pool["n_addresses"] else 0
         rows = [
             (
                 f"  {a['address']}",
                 a["sessions"],
+                *_ports_of(pool, a, n_ports),
                 a["created"],
                 a["refused"],
                 "draining" if a["draining"] else "static" if a.get("reserved") else "",
             )
             for a in pool["addresses"]
         ]
-        yield from table(("  address", "sessions", "created", "refused", ""), rows)
+        head = ("  address", "sessions", "ports used", "free", "created", "refused", "")
+        yield from table(head, rows)
         if len(rows) < pool["n_addresses"]:
             yield f"  and {pool['n_addresses'] - len(rows)} more addresses; see --limit"
     if not answer["pools"]:
         yield "there is no pool"
+    names = {pool["name"] for pool in answer["pools"]}
+    worst = [row for row in answer.get("destinations", []) if row["pool"] in names][:WORST]
+    if worst:
+        yield ""
+        yield "ports are scarce towards (see show destinations)"
+        yield from destinations({"destinations": worst, "of": len(worst)})
+
+
+def _ports_of(pool: Json, address: Json, n_ports: int) -> tuple[object, object]:
+    """Of the protocol that has taken most. Where a port serves many remotes it is used and free at once: what
+    counts then is the fullest destination.
+    """
+    if pool["mapping"] == "endpoint-dependent":
+        return "per remote", n_ports
+    used = max(address["mappings"].values())
+    return used, n_ports - used
 
 
 def zones(answer: Json) -> Iterator[str]:
@@ -113,6 +133,7 @@ def counters(answer: Json) -> Iterator[str]:
             ("  closed", c["sessions_closed"], "by both ends, or cleared"),
         ]
     )
+    yield from _allocation(c["allocation"])
     yield ""
     rows = [(name, *t.values()) for name, t in c["traffic"].items()]
     head = ("translated", "sessions made", "packets out", "packets in", "bytes out", "bytes in")
@@ -134,6 +155,19 @@ def counters(answer: Json) -> Iterator[str]:
             yield from _columns([(f"  {name}", count, text) for name, count, text in rows])
 
     yield from _nat_log(answer.get("nat_log", {"workers": [], "collectors": []}))
+
+
+def _allocation(latency: Json) -> Iterator[str]:
+    """How long it takes to give a new session its address and port: half of them, 99 in 100, all."""
+    count, seen, wanted, told = sum(n for _, n in latency["buckets"]), 0, [0.5, 0.99, 1.0], []
+    for end_ns, n in latency["buckets"]:
+        seen += n
+        text = "more" if end_ns is None else f"{end_ns / 1000:g} us"
+        while wanted and count and seen >= wanted[0] * count:
+            told.append(text)
+            wanted.pop(0)
+    if told:
+        yield f"  made within      {told[0]} (half), {told[1]} (99 in 100), {told[2]} (all)"
 
 
 def _nat_log(log: Json) -> Iterator[str]:
@@ -189,7 +223,7 @@ def workers(answer: Json) -> Iterator[str]:
     rows = []
     for w in answer["workers"]:
         if not w["answers"]:
-            rows.append((w["worker"], *("-" * 10), "does not answer"))
+            rows.append((w["worker"], *("-" * 11), "does not answer"))
             continue
         c = w["counters"]
         packets = w.get("packets", 0)
@@ -203,6 +237,7 @@ def workers(answer: Json) -> Iterator[str]:
                 c["dropped"],
                 c["sessions"],
                 f"{w['cycles'] / packets:.0f}" if packets and w.get("cycles") else "-",
+                f"{packets / w['bursts']:.1f}" if w.get("bursts") else "-",
                 f"{w['longest_job_ns'] / 1000:.0f} us" if w.get("longest_job_ns") else "-",
                 c["handed_over"],
                 c["taken_over"],
@@ -218,6 +253,7 @@ def workers(answer: Json) -> Iterator[str]:
         "dropped",
         "sessions",
         "cycles/packet",
+        "packets/burst",
         "longest pause",
     )
     yield from table((*head, "handed over", "taken over", ""), rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -232,7 +233,9 @@ def test_clients_beyond_the_limit_are_told_and_the_others_go_on(engine: Bench, p
     assert talk(path, b'{"cmd":"version"}\n')[0]["ok"]
 
 
-def test_a_slow_reader_stops_neither_the_engine_nor_other_clients(engine: Bench, path: Path) -> None:
+def test_a_slow_reader_stops_neither_the_engine_nor_other_clients_and_is_dropped(
+    engine: Bench, path: Path
+) -> None:
     for n in range(3000):
         engine.send(udp(f"100.64.1.1:{20000 + n} > 198.51.100.1:5000"))
     with connect(path) as slow:
@@ -240,6 +243,13 @@ def test_a_slow_reader_stops_neither_the_engine_nor_other_clients(engine: Bench,
         for _ in range(20):
             assert talk(path, b'{"cmd":"version"}\n')[0]["ok"]
             assert engine.send(udp("100.64.1.1:20000 > 198.51.100.1:5000")).verdict == "forward"
+        gone = select.poll()
+        gone.register(slow, 0)  # its end is always told
+        for _ in range(60):
+            if gone.poll(500):
+                break
+            assert talk(path, b'{"cmd":"version"}\n')[0]["ok"]
+        assert gone.poll(0), "a client that took nothing for 10 s is still there"
 
 
 def test_a_client_that_goes_away_in_the_middle_harms_nobody(engine: Bench, path: Path) -> None:

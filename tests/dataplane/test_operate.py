@@ -112,6 +112,41 @@ def test_destinations_with_scarce_ports_are_listed_fullest_first(
     assert engine.ctl(cmd="show", what="destinations", limit=1)["of"] == 2
 
 
+@pytest.mark.parametrize(
+    ("mapping", "row"),
+    [
+        ("endpoint-dependent", "203.0.113.1 60 per remote 64 60 0"),
+        ("endpoint-independent", "203.0.113.1 60 60 4 60 0"),
+    ],
+)
+def test_pools_show_ports_used_and_free_and_the_destinations_that_run_out(
+    engine: Bench, ctl: Ctl, tmp_path: Path, mapping: str, row: str
+) -> None:
+    file = tmp_path / "dsnatd.yaml"
+    file.write_text(configuration(mapping, addresses="203.0.113.1", ports="5000-5063"))
+    assert engine.ctl(cmd="reload")["ok"]
+    for n in range(60):
+        engine.send(udp(f"100.64.0.{n + 2}:4000 > 198.51.100.1:443"))
+
+    pools, worst = ctl("show", "pools", "--seconds", "0.1")[1].split("ports are scarce towards")
+
+    assert " ".join(pools.splitlines()[2].split()) == row
+    assert worst.splitlines()[1].split()[-4:] == ["per", "s", "full", "in"]
+    assert worst.splitlines()[2].split()[4:8] == ["60", "4", "94", "%"]
+    both = json.loads(ctl("show", "pools", "--json")[1])
+    assert (both["pools"][0]["sessions"], both["destinations"][0]["used"]) == (60, 60)
+
+
+def test_counters_say_how_long_sessions_take_to_be_made() -> None:
+    """The bench has no clock; that the engine measures it is seen in test_monitoring."""
+    from dsnatctl import show
+
+    assert list(show._allocation({"buckets": [[1000, 0], [None, 0]]})) == []
+    latency = {"buckets": [[1000, 60], [2000, 39], [4000, 0], [None, 1]]}
+    told = list(show._allocation(latency))
+    assert told == ["  made within      1 us (half), 2 us (99 in 100), more (all)"]
+
+
 def test_the_time_until_a_destination_is_full_comes_from_two_looks() -> None:
     from dsnatctl import show
 
