@@ -42,12 +42,19 @@ def keys(options: Options, action: str | None, known_hosts: bool, check: bool, y
     if action == "rotate":
         _rotate(options, fleet, names, yes=yes)
     elif known_hosts:
-        for name in names:
-            address, port = fleet.gateways[name].management.address, fleet.ssh_of(name).port
-            place = address if port == 22 else f"[{address}]:{port}"
-            print(f"{place} {' '.join(fleet.gateways[name].host_key.split()[:2])}")
+        lines = {name: _known_hosts(fleet, name) for name in names}
+        if options.json:
+            emit(lines)
+        else:
+            print("\n".join(lines.values()))
     else:
         _list(options, fleet, names, check=check)
+
+
+def _known_hosts(fleet: Fleet, name: str) -> str:
+    address, port = fleet.gateways[name].management.address, fleet.ssh_of(name).port
+    place = address if port == 22 else f"[{address}]:{port}"
+    return f"{place} {' '.join(fleet.gateways[name].host_key.split()[:2])}"
 
 
 def _list(options: Options, fleet: Fleet, names: list[str], *, check: bool) -> None:

@@ -107,6 +107,8 @@ def test_known_hosts_lines_are_those_of_openssh(file: Path) -> None:
     lines = run("--file", str(file), "keys", "--known-hosts").splitlines()
     assert lines[0].startswith("192.0.2.11 ssh-ed25519 AAAA")
     assert lines[1].startswith("[192.0.2.12]:2222 ssh-ed25519 AAAA")
+    told = json.loads(run("--file", str(file), "keys", "--known-hosts", "--json"))
+    assert list(told.values()) == lines
 
 
 def test_the_schema_knows_every_key() -> None:

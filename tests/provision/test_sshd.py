@@ -125,6 +125,29 @@ def test_the_documentations_example_of_dsnat_is_imported_pushed_and_translates(
     assert engine.send(tcp("1.9.1.1:40000 > 1.2.1.4:80"), on="eth0").reason == "no_zone"
 
 
+def test_a_password_is_in_one_private_file_of_the_gateway_and_nowhere_else(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it changes, when somebody edits the file by hand, and in what the tool writes down."""
+    vrrp = "    vrrp:\n      version: 2\n      authentication: {password: 'env:VRRP_SECRET'}\n"
+    said, passwords = "", ("geheim7x", "anders8y")
+    for password in passwords:
+        monkeypatch.setenv("VRRP_SECRET", password)
+        file = fleet(gateway)
+        file.write_text(file.read_text().replace("    vrrp:\n", vrrp))
+        said += run(file, "plan", "--json", "--out", str(tmp_path / "saved"), status=4)
+        said += run(file, "push", "--yes")
+    said += run(file, "render", "gw1")
+    live = gateway.root / "generations/current/keepalived.conf"
+    live.write_text(live.read_text() + "# by hand\n")
+    said += run(file, "drift", "--json", status=4) + run(file, "history", "--json")
+    told = [path for path in tmp_path.rglob("*") if path.is_file()]
+    holders = {p for p in told if any(word.encode() in p.read_bytes() for word in passwords)}
+    assert holders == {p.resolve() for p in (gateway.root / "generations").glob("*/keepalived.conf")}
+    assert {p.stat().st_mode & 0o777 for p in holders} == {0o600}
+    assert not any(word in said for word in passwords)
+
+
 def test_a_change_of_the_pool_reloads_the_engine_and_nothing_else(gateway: Gateway) -> None:
     run(fleet(gateway), "push", "--yes")
     (gateway.fake / "calls").unlink()
