@@ -480,6 +480,25 @@ static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 	}
 }
 
+static bool is_short_of_records(const struct nat_engine *e, uint32_t wanted)
+{
+	return e->records_left < wanted ||
+	       (e->n_free < wanted &&
+		atomic_load_explicit(&e->table->chunks_leased, memory_order_relaxed) >= e->table->n_chunks);
+}
+
+/* Never refuse for the sake of sessions whose time is up: they end until there are enough records. Before the first of the burst
+ * is looked at, so that no mapping that one has been found to pass over ends here. */
+static void make_room(struct nat_engine *e, uint32_t n_new)
+{
+	enum { AT_ONCE = 128 };
+	const uint32_t wanted = n_new * 3; /* a session, its mapping, its permit */
+
+	while (NAT_UNLIKELY(is_short_of_records(e, wanted)) && e->trial != NAT_TRIAL_CANDIDATE)
+		if (nat_wheel_turn(e, AT_ONCE))
+			return;
+}
+
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
 	uint32_t at[NAT_BURST_MAX], n_new = 0;
@@ -494,6 +513,7 @@ void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		return;
 	}
 	const uint64_t begun_ns = e->clock_ns ? e->clock_ns() : 0;
+	make_room(e, n_new);
 	fetch_ahead(e, pkt, at, n_new);
 	allocate(e, pkt, n);
 	if (e->clock_ns)

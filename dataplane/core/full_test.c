@@ -51,9 +51,31 @@ static void test_a_refused_session_leaves_its_block_to_others(enum nat_mapping_k
 	testbed_stop(&t, false);
 }
 
+/* The records of sessions that are over hang on the wheel behind those that were refreshed, which come up first. */
+static void test_a_table_full_of_sessions_that_are_over_is_not_full(void)
+{
+	enum { REFRESHED = 800 };
+	struct testbed t;
+	uint64_t now_ns = SECOND_NS;
+
+	testbed_config(&t, 1, 1024, 65535, RECORDS);
+	testbed_start(&t, now_ns);
+	for (uint32_t i = RECORDS; i-- > 0;)
+		assert(talk(&t, host_of(i), 2000, now_ns).verdict == NAT_FORWARD);
+	assert(t.e->records_left == 0);
+	for (uint32_t i = 0; i < REFRESHED; i++)
+		talk(&t, host_of(i), 2000, now_ns + 60 * SECOND_NS);
+	now_ns += 121 * SECOND_NS;
+	for (uint32_t i = 0; i < RECORDS - REFRESHED; i++)
+		assert(talk(&t, host_of(RECORDS + i), 2000, now_ns).verdict == NAT_FORWARD);
+	assert(talk(&t, host_of(3 * RECORDS), 2000, now_ns).reason == NAT_REASON_TABLE_FULL);
+	testbed_stop(&t, false);
+}
+
 int main(void)
 {
 	test_a_refused_session_leaves_its_block_to_others(NAT_ENDPOINT_DEPENDENT);
 	test_a_refused_session_leaves_its_block_to_others(NAT_ENDPOINT_INDEPENDENT);
+	test_a_table_full_of_sessions_that_are_over_is_not_full();
 	return 0;
 }
