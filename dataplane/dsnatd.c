@@ -18,6 +18,7 @@
  *     daemon/life.c     start and stop
  *     daemon/loop.c     the control thread
  *     daemon/plan.c     what runs now, and how it is swapped
+ *     daemon/vrrp.c     what VRRP is told, and what of it is believed
  *     daemon/answer.c   requests of the control socket
  *
  * Exit status (also in --help): 0 stopped on request; 1 failed while running or at start; 2 the configuration

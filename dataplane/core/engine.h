@@ -169,8 +169,9 @@ struct nat_engine {
 	struct nat_index index;
 	uint32_t *free_record; /* the last one is taken first: it is the one still in the cache */
 	uint32_t n_free, free_room;
-	uint32_t n_records;     /* the table's */
-	uint64_t records_left;  /* of params.max_sessions */
+	uint32_t n_records;    /* the table's */
+	uint64_t records_left; /* of params.max_sessions */
+	uint64_t not_adopted;
 	uint32_t mappings_held; /* in NAT_TIMER_HOLD */
 	struct nat_world world;
 	struct nat_random random;

@@ -316,6 +316,15 @@ size_t nat_table_size(uint64_t max_sessions);
 struct nat_table *nat_table_init(void *mem, size_t size_bytes, uint64_t max_sessions, uint64_t seed,
 				 bool *adopted, const char **why);
 
+/* A table that was made for another max_sessions becomes one for this, and keeps its sessions; to be called before
+ * nat_table_init(), with memory that both sizes fit into. False: `mem` holds nothing that could be kept. */
+struct nat_resized {
+	uint64_t before;      /* records that it had room for */
+	uint64_t live, ended; /* records in use; of them, those that have no room any more */
+};
+uint64_t nat_table_records_for(uint64_t max_sessions);
+bool nat_table_resize(void *mem, size_t size_bytes, uint64_t max_sessions, struct nat_resized *done);
+
 /* ---- several workers: see workers.h ---- */
 
 struct nat_rss {                        /* how a port chooses the queue, and so the worker, of a packet */
@@ -367,6 +376,8 @@ size_t nat_engine_size(const struct nat_engine_params *params);
 /* `mem` is aligned to 64 bytes. Sessions that the table already holds for this worker are indexed again. Engines of
  * one table are made in the order of their numbers, before any of them runs. */
 struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *params);
+/* Sessions of the table that nat_engine_init() could not adopt: damaged, or no room. */
+uint64_t nat_engine_not_adopted(const struct nat_engine *e);
 
 /* One burst, n <= NAT_BURST_MAX. On return every packet has a verdict. now_ns never runs backwards. */
 void nat_engine_run(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, uint64_t now_ns);

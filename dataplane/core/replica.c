@@ -214,10 +214,14 @@ static bool export_one(struct nat_engine *e, uint32_t record, struct nat_replica
 	}
 	if (!has(r->known, record))
 		return false;
+	const struct nat_session *s = &e->record[record];
+	const bool lives = s->timer != NAT_TIMER_FREE && !(s->flags & NAT_RECORD_MAPPING);
 	clear(r->known, record);
-	if (e->record[record].timer != NAT_TIMER_FREE && e->record[record].worker != e->worker)
+	if (s->timer != NAT_TIMER_FREE && s->worker != e->worker)
 		return false; /* another worker has the record now, and tells what stands there */
-	*out = (struct nat_replica){.kind = NAT_REPLICA_GONE, .slot = record};
+	*out = (struct nat_replica){.kind = lives && (s->state & NAT_STATE_FOREIGN) ? NAT_REPLICA_YOURS
+										    : NAT_REPLICA_GONE,
+				    .slot = record};
 	return true;
 }
 
@@ -578,6 +582,15 @@ void nat_engine_import_end(struct nat_engine *e, uint32_t record)
 		return;
 	e->counters.sessions_closed++;
 	nat_session_end(e, record);
+}
+
+void nat_engine_import_ours(struct nat_engine *e, uint32_t record)
+{
+	const struct nat_session *s = &e->record[record];
+
+	if (record < e->table->n_records && s->worker == e->worker && s->timer != NAT_TIMER_FREE &&
+	    !(s->flags & NAT_RECORD_MAPPING) && (s->state & NAT_STATE_FOREIGN))
+		nat_replica_take_over(e, record);
 }
 
 bool nat_engine_take_orphans(struct nat_engine *e, const uint32_t *origin, uint64_t *cursor, uint32_t budget)

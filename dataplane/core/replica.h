@@ -20,6 +20,7 @@
 enum nat_replica_kind {
 	NAT_REPLICA_GONE, /* nothing stands under this number; only `slot` counts */
 	NAT_REPLICA_SESSION,
+	NAT_REPLICA_YOURS, /* what stood there is not ours any longer, as you have said; only `slot` counts */
 };
 
 /* nat_replica.traits */
@@ -89,6 +90,9 @@ enum nat_import_result nat_engine_import(struct nat_engine *e, const struct nat_
 uint32_t nat_engine_import_place(const struct nat_engine *e, const struct nat_replica *replica);
 /* One that it has ended. */
 void nat_engine_import_end(struct nat_engine *e, uint32_t record);
+/* One that it holds to be ours. With two masters both may have given way to the other at once: then nobody would tell of it,
+ * and it must not end for that. */
+void nat_engine_import_ours(struct nat_engine *e, uint32_t record);
 
 /* The other side of nat_engine_export_sum(): `record[i]` stands for the peer's place `slot[i]`. */
 void nat_engine_import_sum(struct nat_engine *e, const struct nat_key *key, const uint32_t *record,

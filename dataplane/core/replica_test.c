@@ -59,13 +59,16 @@ static uint32_t pump(struct testbed *from, struct testbed *to, struct link *link
 				nat_engine_export_again(from->e, &slot, 1);
 				continue;
 			}
-			if (told[i].kind == NAT_REPLICA_GONE) {
+			if (told[i].kind != NAT_REPLICA_SESSION) {
 				record = link->shadow[slot];
 				link->shadow[slot] = NAT_NO_SESSION;
-				if (record != NAT_NO_SESSION && link->origin[record] == slot) {
-					link->origin[record] = NAT_NO_SESSION;
+				if (record == NAT_NO_SESSION || link->origin[record] != slot)
+					continue;
+				link->origin[record] = NAT_NO_SESSION;
+				if (told[i].kind == NAT_REPLICA_YOURS)
+					nat_engine_import_ours(to->e, record);
+				else
 					nat_engine_import_end(to->e, record);
-				}
 				continue;
 			}
 			enum nat_import_result done = nat_engine_import(to->e, &told[i], false, &record);
@@ -247,6 +250,46 @@ static void test_of_two_that_cannot_both_be_the_one_used_last_stays(void)
 	testbed_stop(&b, false);
 }
 
+/* With two masters at once packets of a session come by on both sides, and their words cross: each gives it to the other one. */
+static void test_a_session_that_both_have_given_away_lives_on(void)
+{
+	static struct link ab, ba;
+	struct testbed a, b;
+	uint64_t now_ns = 10 * SECOND_NS;
+	struct nat_replica by_a, by_b;
+	uint32_t record;
+
+	link_clear(&ab);
+	link_clear(&ba);
+	start(&a, NAT_ENDPOINT_DEPENDENT, 0, 0, now_ns);
+	start(&b, NAT_ENDPOINT_DEPENDENT, 0, 0, now_ns);
+	talk(&a, 5, true, now_ns, true);
+	pump(&a, &b, &ab, 0, NULL);
+	talk(&b, 5, true, now_ns, false);
+	nat_engine_export_again(a.e, (uint32_t[]){place(&ab, 0)}, 1);
+	assert(nat_engine_export(a.e, &by_a, 1) == 1 && nat_engine_export(b.e, &by_b, 1) == 1);
+	now_ns += SECOND_NS;
+	nat_engine_tick(a.e, now_ns);
+	nat_engine_tick(b.e, now_ns);
+	assert(nat_engine_import(b.e, &by_a, false, &record) == NAT_IMPORT_DONE);
+	ab.shadow[by_a.slot] = record;
+	ab.origin[record] = by_a.slot;
+	assert(nat_engine_import(a.e, &by_b, true, &record) == NAT_IMPORT_DONE);
+	ba.shadow[by_b.slot] = record;
+	ba.origin[record] = by_b.slot;
+	/* neither tells of it; the sums differ, and both are asked again */
+	nat_engine_export_again(a.e, &by_a.slot, 1);
+	nat_engine_export_again(b.e, &by_b.slot, 1);
+	pump(&a, &b, &ab, 0, NULL);
+	pump(&b, &a, &ba, 0, NULL);
+	pump(&a, &b, &ab, 0, NULL);
+	assert(nat_engine_counters(a.e)->sessions == 1 && nat_engine_counters(b.e)->sessions == 1);
+	assert(equal(&b, &a, &ba, 1) && equal(&a, &b, &ab, 0));
+	talk(&a, 5, true, now_ns, false);
+	testbed_stop(&a, false);
+	testbed_stop(&b, false);
+}
+
 /* A peer that was away and has lost everything gets all of it again, what was its own included. */
 static void test_a_peer_with_an_empty_table_gets_everything(void)
 {
@@ -311,6 +354,7 @@ int main(void)
 	}
 	test_a_peer_that_is_silent_keeps_sessions_no_longer_than_a_minute_beyond_their_time();
 	test_of_two_that_cannot_both_be_the_one_used_last_stays();
+	test_a_session_that_both_have_given_away_lives_on();
 	test_a_peer_with_an_empty_table_gets_everything();
 	test_a_session_is_told_also_when_too_many_are_young();
 	return 0;

@@ -1,118 +1,9 @@
-/* Records: making, finding, booking and ending them, and the table that they live in. See session.h. */
+/* Records: making, finding, booking and ending them. See session.h. */
 #include "session.h"
 
 #include <string.h>
 
 #include "engine.h"
-
-#define TABLE_MAGIC  UINT64_C(0x7473657373746e64) /* "dntssest" */
-#define TABLE_LAYOUT 2u
-
-/* ---- the table ---- */
-
-static uint64_t chunks_for(uint64_t max_sessions)
-{
-	return (max_sessions + NAT_CHUNK - 1) / NAT_CHUNK;
-}
-
-static uint64_t round_to_line(uint64_t bytes)
-{
-	return (bytes + NAT_CACHE_LINE - 1) & ~(uint64_t)(NAT_CACHE_LINE - 1);
-}
-
-size_t nat_table_size(uint64_t max_sessions)
-{
-	uint64_t chunks = chunks_for(max_sessions);
-	return (size_t)(round_to_line(sizeof(struct nat_table)) +
-			chunks * NAT_CHUNK * sizeof(struct nat_session));
-}
-
-struct nat_table *nat_table_init(void *mem, size_t size_bytes, uint64_t max_sessions, uint64_t seed,
-				 bool *adopted, const char **why)
-{
-	struct nat_table *table = mem;
-	const uint64_t n_records = chunks_for(max_sessions) * NAT_CHUNK;
-
-	*adopted = false;
-	*why = "";
-	if (n_records > NAT_RECORDS_MAX || size_bytes < nat_table_size(max_sessions)) {
-		*why = "the memory is too small for max_sessions";
-		return NULL;
-	}
-	if (table->magic == TABLE_MAGIC) {
-		if (table->layout != TABLE_LAYOUT || table->record_bytes != sizeof(struct nat_session)) {
-			*why = "the session table was written by a build with another record layout";
-			return NULL;
-		}
-		if (table->n_records != n_records) {
-			*why = "the session table was made for another max_sessions";
-			return NULL;
-		}
-		*adopted = true;
-		return table;
-	}
-	if (table->magic != 0) {
-		*why = "the session memory holds something that is not a session table";
-		return NULL;
-	}
-	table->layout = TABLE_LAYOUT;
-	table->record_bytes = sizeof(struct nat_session);
-	table->n_records = n_records;
-	table->seed = seed;
-	table->n_chunks = (uint32_t)chunks_for(max_sessions);
-	table->records_offset = round_to_line(sizeof(*table));
-	/* Last: a process that dies before this leaves memory that the next one makes anew. */
-	atomic_thread_fence(memory_order_release);
-	table->magic = TABLE_MAGIC;
-	return table;
-}
-
-static uint16_t pool_id(struct nat_table *table, const char *name)
-{
-	for (uint32_t i = 0; i < table->n_pool_ids; i++)
-		if (strcmp(table->pool_name[i], name) == 0)
-			return (uint16_t)i;
-	if (table->n_pool_ids == NAT_POOL_IDS)
-		return NAT_NO_ID;
-	memcpy(table->pool_name[table->n_pool_ids], name, NAT_NAME_MAX);
-	return (uint16_t)table->n_pool_ids++;
-}
-
-static bool same_prefix(const struct nat_prefix *a, const struct nat_prefix *b)
-{
-	return a->address == b->address && a->length_bits == b->length_bits;
-}
-
-static uint16_t zone_id(struct nat_table *table, const struct nat_zone_config *zone, uint32_t guess)
-{
-	for (uint32_t step = 0; step < table->n_zone_ids; step++) {
-		uint32_t i = (guess + step) % table->n_zone_ids;
-		if (same_prefix(&table->zone_identity[i].source, &zone->source) &&
-		    same_prefix(&table->zone_identity[i].destination, &zone->destination))
-			return (uint16_t)i;
-	}
-	if (table->n_zone_ids == NAT_ZONE_IDS)
-		return NAT_NO_ID;
-	table->zone_identity[table->n_zone_ids] = (struct nat_zone_identity){zone->source, zone->destination};
-	return (uint16_t)table->n_zone_ids++;
-}
-
-void nat_table_bind(struct nat_table *table, struct nat_policy *policy)
-{
-	enum { NEW, BINDING, BOUND };
-	uint32_t expected = NEW;
-
-	if (!atomic_compare_exchange_strong(&policy->bound, &expected, BINDING)) {
-		while (atomic_load(&policy->bound) != BOUND)
-			; /* another worker writes the ids at this moment; a reload does this once */
-		return;
-	}
-	for (uint32_t i = 0; i < policy->n_pools; i++)
-		policy->pool[i].id = pool_id(table, policy->pool[i].name);
-	for (uint32_t i = 0; i < policy->n_zones; i++)
-		policy->zone[i].id = zone_id(table, &policy->zone[i].config, i);
-	atomic_store(&policy->bound, BOUND);
-}
 
 /* ---- free records ---- */
 
@@ -532,6 +423,7 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 		    NAT_NO_RECORD ||
 	    nat_index_find(&e->index, &outside, nat_tuple_hash(&e->index.key, &outside)) != NAT_NO_RECORD ||
 	    e->records_left == 0 || !index_both(e, record)) {
+		e->not_adopted++;
 		s->timer = NAT_TIMER_FREE;
 		if (e->worker != 0)
 			give_back(e, record);

@@ -64,6 +64,11 @@ bool nat_engine_sessions(struct nat_engine *e, uint64_t *cursor, uint32_t budget
 	return false;
 }
 
+uint64_t nat_engine_not_adopted(const struct nat_engine *e)
+{
+	return e->not_adopted;
+}
+
 bool nat_engine_clear(struct nat_engine *e, uint32_t record)
 {
 	if (record >= e->table->n_records || e->record[record].worker != e->worker ||

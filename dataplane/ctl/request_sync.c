@@ -1,6 +1,7 @@
 /* `show sync`: is the peer's table equal to ours? */
 #include <jansson.h>
 
+#include "offer.h"
 #include "request_internal.h"
 
 json_t *request_show_sync(struct request_context *c)
@@ -41,6 +42,12 @@ json_t *request_show_sync(struct request_context *c)
 		       {"invalid", v.invalid}};
 	for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
 		json_object_set_new(answer, numbers[i].key, request_number(numbers[i].value));
+	if (v.peer.digest) {
+		const struct offer ours = offer_of(&c->ops->config(c->ops->context)->nat);
+
+		json_object_set_new(answer, "same_pools", json_boolean(v.peer.digest == ours.digest));
+		json_object_set_new(answer, "peer_exhausted", json_boolean(v.peer.exhausted));
+	}
 	if (v.heard_ms != UINT64_MAX)
 		json_object_set_new(answer, "heard_ms", request_number(v.heard_ms));
 	if (v.round_ms != UINT64_MAX)

@@ -67,6 +67,7 @@ static void send_packet(struct sync *s, struct sync_packet *packet)
 	packet->head.ack = s->taken;
 	memcpy(packet->head.ack_bits, s->taken_bits, sizeof packet->head.ack_bits);
 	packet->head.n_records = s->n_records;
+	packet->head.offer = s->offer;
 	packet->head.waiting = (uint32_t)(s->seen.waiting > UINT32_MAX ? UINT32_MAX : s->seen.waiting);
 	const size_t bytes = sync_seal(packet, s->key, sealed);
 	/* what the kernel does not take is lost like any other */
@@ -424,6 +425,7 @@ static void take_packet(struct sync *s, const uint8_t *bytes, size_t n_bytes)
 		return;
 	s->heard_ns = clock_ns();
 	s->peer_waiting = packet.head.waiting;
+	s->seen.peer = packet.head.offer;
 	take_acks(s, &packet.head);
 	s->batch[s->n_batch++] = packet.number;
 	struct sync_compare compare;
@@ -556,6 +558,11 @@ int sync_fd(const struct sync *s)
 }
 
 /* ---- looking ---- */
+
+void sync_offer(struct sync *s, const struct offer *offer)
+{
+	s->offer = *offer;
+}
 
 void sync_look(const struct sync *s, struct sync_view *view)
 {

@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "offer.h"
+
 struct request_ops;
 
 struct sync_settings {
@@ -33,6 +35,7 @@ struct sync_view {
 	uint32_t ranges, differ, differs[SYNC_DIFFERS_MAX];
 	uint64_t round_ms; /* since all ranges were last compared; UINT64_MAX: not yet */
 	uint64_t peer_waiting;
+	struct offer peer;
 	char conflict[160]; /* the last one */
 };
 
@@ -46,6 +49,9 @@ void sync_close(struct sync *s);
 /* Readable when there is something to do. */
 int sync_fd(const struct sync *s);
 void sync_serve(struct sync *s);
+
+/* What the peer is told of us from now on. */
+void sync_offer(struct sync *s, const struct offer *offer);
 
 void sync_look(const struct sync *s, struct sync_view *view);
 

@@ -78,6 +78,7 @@ struct sync {
 	uint32_t n_batch;
 	struct sync_compare asked[SYNC_BATCH];
 	uint32_t n_asked;
+	struct offer offer;
 	struct sync_view seen; /* counters */
 };
 

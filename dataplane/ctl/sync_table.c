@@ -206,7 +206,7 @@ static void import_some(struct nat_engine *e, uint64_t now_ns, void *argument)
 		const struct nat_replica *r = &s->item[i].replica;
 		if (s->shadow_number[r->slot] != s->item[i].number)
 			continue; /* there is a later word */
-		if (r->kind != NAT_REPLICA_GONE) {
+		if (r->kind == NAT_REPLICA_SESSION) {
 			if (nat_engine_import_place(e, r) == step->worker)
 				import_session(e, step, r);
 			continue;
@@ -214,7 +214,9 @@ static void import_some(struct nat_engine *e, uint64_t now_ns, void *argument)
 		const uint32_t record = s->shadow[r->slot];
 		if (record == NAT_NO_SESSION)
 			continue;
-		if (s->origin[record] == r->slot)
+		if (s->origin[record] == r->slot && r->kind == NAT_REPLICA_YOURS)
+			nat_engine_import_ours(e, record);
+		else if (s->origin[record] == r->slot)
 			nat_engine_import_end(e, record);
 		if (!step->last)
 			continue;

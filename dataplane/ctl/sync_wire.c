@@ -63,7 +63,10 @@ size_t sync_seal(const struct sync_packet *packet, const uint8_t key[SYNC_KEY_BY
 	at = put(at, head->kind, 2);
 	at = put(at, head->n, 2);
 	at = put(at, head->n_records, 4);
-	put(at, head->waiting, 4);
+	at = put(at, head->waiting, 4);
+	at = put(at, head->offer.digest, 8);
+	at = put(at, head->offer.addresses, 3);
+	put(at, head->offer.exhausted, 1);
 	memcpy(plain + SYNC_HEAD_BYTES, packet->body, packet->body_bytes);
 	nonce_of(packet, nonce);
 	crypto_aead_xchacha20poly1305_ietf_encrypt(out + SYNC_CLEAR_BYTES, &sealed_bytes, plain,
@@ -100,6 +103,9 @@ bool sync_open_sealed(struct sync_packet *packet, const uint8_t key[SYNC_KEY_BYT
 	head->n = (uint16_t)get(&at, 2);
 	head->n_records = (uint32_t)get(&at, 4);
 	head->waiting = (uint32_t)get(&at, 4);
+	head->offer.digest = get(&at, 8);
+	head->offer.addresses = (uint32_t)get(&at, 3);
+	head->offer.exhausted = get(&at, 1) & 1;
 	packet->body_bytes = (size_t)plain_bytes - SYNC_HEAD_BYTES;
 	memcpy(packet->body, plain + SYNC_HEAD_BYTES, packet->body_bytes);
 	return head->kind < SYNC_KINDS;
@@ -109,7 +115,7 @@ bool sync_open_sealed(struct sync_packet *packet, const uint8_t key[SYNC_KEY_BYT
 
 bool sync_put(struct sync_packet *packet, const struct nat_replica *r)
 {
-	const size_t need = r->kind == NAT_REPLICA_GONE ? SYNC_GONE_BYTES : SYNC_RECORD_BYTES;
+	const size_t need = r->kind == NAT_REPLICA_SESSION ? SYNC_RECORD_BYTES : SYNC_GONE_BYTES;
 	uint8_t *at = packet->body + packet->body_bytes;
 
 	if (packet->body_bytes + need > SYNC_BODY_BYTES)
@@ -118,7 +124,7 @@ bool sync_put(struct sync_packet *packet, const struct nat_replica *r)
 	packet->head.n++;
 	at = put(at, r->kind, 1);
 	at = put(at, r->slot, 4);
-	if (r->kind == NAT_REPLICA_GONE)
+	if (r->kind != NAT_REPLICA_SESSION)
 		return true;
 	memcpy(at, &r->inside, 13); /* without side and zeros */
 	memcpy(at + 13, &r->out_addr_be, 4);
@@ -144,7 +150,7 @@ bool sync_get(const struct sync_packet *packet, size_t *offset, struct nat_repli
 		return false;
 	r->kind = (uint8_t)get(&at, 1);
 	r->slot = (uint32_t)get(&at, 4);
-	if (r->kind == NAT_REPLICA_GONE) {
+	if (r->kind != NAT_REPLICA_SESSION) {
 		*offset += SYNC_GONE_BYTES;
 		return true;
 	}

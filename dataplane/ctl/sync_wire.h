@@ -15,6 +15,7 @@
 #include <stdint.h>
 
 #include "../core/replica.h"
+#include "offer.h"
 
 #define SYNC_KEY_BYTES    32u
 #define SYNC_EPOCH_BYTES  16u
@@ -44,6 +45,7 @@ struct sync_head {
 	uint8_t kind;
 	uint16_t n; /* entries */
 	uint32_t n_records, waiting;
+	struct offer offer; /* zeros from one that does not tell */
 };
 
 struct sync_compare { /* COMPARE; RESULT has range, number and equal */

@@ -25,6 +25,7 @@
 #include "../io/nfqueue/queue.h"
 #include "../io/rival.h"
 #include "../io/standing.h"
+#include "../io/tenure.h"
 #include "../io/thread.h"
 
 #define DEFAULT_SOCKET "/run/dsnatd/control.sock"
@@ -42,6 +43,9 @@ struct options {
 	const char *config, *socket, *sessions;
 	bool no_huge, degraded;
 };
+
+/* what a start takes its time for, in this order */
+enum start { START_SESSIONS, START_DPDK, START_PORTS, START_ENGINES, STARTS };
 
 struct retired {
 	struct retired *next;
@@ -79,9 +83,13 @@ struct daemon {
 	struct announce announce;
 	struct rival rival[NAT_WORKERS_MAX];
 	struct standing standing;
-	bool translates;    /* all workers made rounds since the last look */
-	uint64_t connected; /* digest of the prefixes that announcements were made for */
+	struct tenure tenure;
+	struct offer offer;           /* of the plan that runs */
+	uint64_t refused, refused_ns; /* for want of a port: how many, and when the last one */
+	bool translates;              /* all workers made rounds since the last look */
+	uint64_t connected;           /* digest of the prefixes that announcements were made for */
 	int epoll_fd, signal_fd, tick_fd, announce_fd;
+	uint64_t moment_ns[STARTS]; /* when that step of the start was done */
 	uint64_t started_ns, started_tsc, started_s, watchdog_us;
 	struct log log;
 	struct export *nat_log;
@@ -116,8 +124,13 @@ void daemon_reload(struct daemon *d);
 /* loop.c: the control thread */
 bool daemon_watch(struct daemon *d, int fd, enum source source);
 void daemon_follow_port_control(struct daemon *d);
-void daemon_follow_standing(struct daemon *d);
 void daemon_wait_and_serve(struct daemon *d);
+
+/* vrrp.c: what VRRP is told of us, and what of it is believed */
+void daemon_follow_standing(struct daemon *d);
+void daemon_follow_tenure(struct daemon *d);
+void daemon_follow_offer(struct daemon *d);
+void daemon_look_for_rivals(struct daemon *d);
 
 /* life.c: start and stop */
 enum status daemon_fail(enum status status, const char *sentence);

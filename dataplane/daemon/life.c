@@ -26,6 +26,11 @@ enum status daemon_fail(enum status status, const char *sentence)
 	return status;
 }
 
+static bool is_usual(const struct daemon *d)
+{
+	return !strcmp(d->options.socket, DEFAULT_SOCKET);
+}
+
 static enum status open_devices(struct daemon *d)
 {
 	const struct nat_config *config = &d->plan->config->nat;
@@ -45,6 +50,7 @@ static enum status open_devices(struct daemon *d)
 	if (guards_install(config, why, sizeof why) || eal_start(config, &options, why, sizeof why))
 		return daemon_fail(NO_DEVICE, why);
 	d->eal = true;
+	d->moment_ns[START_DPDK] = thread_clock_ns();
 	if (ports_open(&d->ports, config, d->n_workers, why, sizeof why) ||
 	    twins_open(&d->twins, &d->ports, d->n_workers, why, sizeof why))
 		return daemon_fail(NO_DEVICE, why);
@@ -109,6 +115,29 @@ static struct nat_engine_params engine_params(struct daemon *d, uint32_t index, 
 	};
 }
 
+/* The sessions of a table that was made for another max_sessions stay. */
+static void resize(struct daemon *d, const char *path)
+{
+	const uint64_t max_sessions = d->plan->config->nat.max_sessions;
+	struct nat_resized done;
+
+	if (!nat_table_resize(d->sessions.base, d->sessions.bytes, max_sessions, &done))
+		return;
+	if (done.before != nat_table_records_for(max_sessions))
+		fprintf(stderr,
+			"dsnatd: engine.max_sessions is %llu now, the table %s had room for %llu: %llu "
+			"sessions and mappings "
+			"of it go on\n",
+			(unsigned long long)max_sessions, path, (unsigned long long)done.before,
+			(unsigned long long)(done.live - done.ended));
+	if (done.ended)
+		fprintf(stderr,
+			"dsnatd: LOST: %llu of %llu sessions have no room in engine.max_sessions: %llu; what "
+			"is over soonest ended first. Raise it\n",
+			(unsigned long long)done.ended, (unsigned long long)done.live,
+			(unsigned long long)max_sessions);
+}
+
 static enum status open_sessions(struct daemon *d, uint64_t seed)
 {
 	uint64_t max_sessions = d->plan->config->nat.max_sessions;
@@ -124,6 +153,7 @@ static enum status open_sessions(struct daemon *d, uint64_t seed)
 	if (memory_sessions(&d->sessions, path, bytes, why, sizeof why))
 		return strstr(why, "cannot be had") ? no_room(d, why, max_sessions * 48)
 						    : daemon_fail(IN_USE, why);
+	resize(d, path);
 	d->table = nat_table_init(d->sessions.base, d->sessions.bytes, max_sessions, seed, &adopted, &reason);
 	if (!d->table) {
 		fprintf(stderr, "dsnatd: the sessions in %s cannot be used: %s; starting with none\n", path,
@@ -134,6 +164,7 @@ static enum status open_sessions(struct daemon *d, uint64_t seed)
 	}
 	if (!d->table)
 		return daemon_fail(NO_MEMORY, reason);
+	memory_trim(&d->sessions, bytes);
 	if (adopted)
 		fprintf(stderr, "dsnatd: going on with the sessions in %s\n", path);
 	return STOPPED;
@@ -153,6 +184,11 @@ static enum status open_worker(struct daemon *d, uint32_t index, uint64_t seed)
 	w->thread.engine = nat_engine_init(d->engine_memory[index].base, &params);
 	if (!w->thread.engine)
 		return daemon_fail(NO_MEMORY, "an engine cannot be set up; lower engine.max_sessions");
+	if (nat_engine_not_adopted(w->thread.engine))
+		fprintf(stderr,
+			"dsnatd: LOST: worker %u found no room for %llu sessions of the table, or they were "
+			"damaged; is engine.max_sessions large enough?\n",
+			index, (unsigned long long)nat_engine_not_adopted(w->thread.engine));
 	nat_engine_log_to(w->thread.engine, export_ring(d->nat_log, index));
 	if (!d->eal)
 		return STOPPED;
@@ -217,8 +253,13 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	memcpy(d->interfaces, config->interfaces, config->n_interfaces * sizeof d->interfaces[0]);
 	if (getrandom(&seed, sizeof seed, 0) != (ssize_t)sizeof seed)
 		return daemon_fail(FAILED, "the kernel gives no random numbers");
-	if ((status = open_socket(d, ops)) || (status = open_sessions(d, seed)) || (status = open_devices(d)))
+	if ((status = open_socket(d, ops)) || (status = open_sessions(d, seed)))
 		return status;
+	d->moment_ns[START_SESSIONS] = d->moment_ns[START_DPDK] = thread_clock_ns();
+	if ((status = open_devices(d)))
+		return status;
+	d->moment_ns[START_PORTS] = thread_clock_ns();
+	tenure_open(&d->tenure, d->options.socket, is_usual(d));
 	if (!(d->route = route_open(&routes, why, sizeof why)))
 		return daemon_fail(FAILED, why);
 	(void)daemon_pools_follow(d, d->plan);
@@ -229,6 +270,7 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		if ((status = open_worker(d, w, seed)))
 			return status;
+	d->moment_ns[START_ENGINES] = thread_clock_ns();
 	if ((status = open_queue(d)) || (status = open_control(d)))
 		return status;
 	for (uint32_t i = 0; i < d->ports.n; i++)
@@ -246,8 +288,10 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	}
 	if ((status = open_sync(d)))
 		return status;
-	standing_open(&d->standing, d->options.socket, !strcmp(d->options.socket, DEFAULT_SOCKET));
+	standing_open(&d->standing, d->options.socket, is_usual(d));
 	d->translates = true;
+	tenure_begins(&d->tenure, thread_clock_ns());
+	daemon_follow_offer(d);
 	daemon_follow_standing(d);
 	daemon_announce_again(d);
 	daemon_follow_port_control(d);
@@ -301,6 +345,22 @@ static void stop(struct daemon *d)
 	free(d->workers);
 }
 
+/* How long a hot restart is dark is seen here: all of this, and what the kernel needs to end the process before. */
+static void say_ready(const struct daemon *d)
+{
+	const uint64_t *at = d->moment_ns, now_ns = thread_clock_ns();
+	const double ms = 1e6;
+
+	fprintf(stderr,
+		"dsnatd: ready after %.0f ms: sessions %.0f, DPDK itself %.0f, ports %.0f, engines %.0f, the "
+		"rest %.0f\n",
+		(double)(now_ns - d->started_ns) / ms, (double)(at[START_SESSIONS] - d->started_ns) / ms,
+		(double)(at[START_DPDK] - at[START_SESSIONS]) / ms,
+		(double)(at[START_PORTS] - at[START_DPDK]) / ms,
+		(double)(at[START_ENGINES] - at[START_PORTS]) / ms,
+		(double)(now_ns - at[START_ENGINES]) / ms);
+}
+
 enum status daemon_serve(struct daemon *d)
 {
 	struct request_ops ops;
@@ -338,7 +398,7 @@ enum status daemon_serve(struct daemon *d)
 	if (!status) {
 		(void)sd_watchdog_enabled(0, &d->watchdog_us);
 		sd_notify(0, "READY=1");
-		daemon_say("ready");
+		say_ready(d);
 		while (!d->stop)
 			daemon_wait_and_serve(d);
 		status = d->restart ? FAILED : STOPPED;

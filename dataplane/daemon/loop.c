@@ -143,27 +143,6 @@ static void rules_mend(struct daemon *d)
 	}
 }
 
-void daemon_follow_standing(struct daemon *d)
-{
-	struct sync_view view;
-
-	standing_follow(&d->standing, d->plan, daemon_on_sync(d, &view) ? &view : NULL, d->translates);
-}
-
-static void rivals(struct daemon *d)
-{
-	char why[256];
-
-	for (uint32_t w = 0; w < d->n_workers; w++) {
-		if (!rival_look(&d->rival[w], &d->workers[w].thread, d->plan, thread_clock_ns(), why,
-				sizeof why))
-			continue;
-		if (*why)
-			daemon_say(why);
-		daemon_announce_again(d);
-	}
-}
-
 static void tick(struct daemon *d)
 {
 	static unsigned n; /* ten a second */
@@ -175,10 +154,12 @@ static void tick(struct daemon *d)
 	rules_mend(d);
 	daemon_free_retired(d);
 	daemon_follow_standing(d);
+	daemon_follow_tenure(d);
 	if (++n % 10)
 		return;
 	watchdog(d);
-	rivals(d);
+	daemon_look_for_rivals(d);
+	daemon_follow_offer(d);
 	log_drain(&d->log, d->ops, say_event, NULL);
 	export_tell(d->nat_log, say_line, NULL);
 	route_refresh(d->route);

@@ -103,6 +103,9 @@ bool daemon_pools_follow(struct daemon *d, struct plan *plan)
 		uint32_t address_be = config->pools[i].active_while_be;
 		bool active = !address_be || route_has_address(d->route, address_be);
 
+		if (address_be && tenure_doubts(&d->tenure, address_be, active, thread_clock_ns()))
+			active = false;
+
 		if (active == nat_policy_is_active(plan->policy, i))
 			continue;
 		nat_policy_set_active(plan->policy, i, active);
@@ -110,6 +113,7 @@ bool daemon_pools_follow(struct daemon *d, struct plan *plan)
 		fprintf(stderr, "dsnatd: pool %s is %s\n", config->pools[i].name,
 			active ? "ours" : "no longer ours");
 	}
+	tenure_note(&d->tenure, plan);
 	return won;
 }
 

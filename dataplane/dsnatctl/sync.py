@@ -31,6 +31,10 @@ def sync(answer: Json) -> Iterator[str]:
         f"told {answer['told']} changes ({each:.0f} bytes each, all traffic counted), "
         f"heard {answer['heard']}; {answer['told_again']} datagrams lost"
     )
+    if not answer.get("same_pools", True):
+        yield "the peer has other pools or zones than we have: push the same configuration to both"
+    if answer.get("peer_exhausted"):
+        yield "the peer refuses sessions: its pools have no port left"
     if answer["conflicts"]:
         yield (
             f"{answer['conflicts']} sessions of the peer were refused: ours in their place were used later; "

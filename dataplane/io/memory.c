@@ -145,8 +145,9 @@ int memory_sessions(struct memory *m, const char *path, size_t bytes, char *why,
 		goto fail;
 	m->huge = fs.f_bsize >= (long)HUGE_BYTES;
 	m->bytes = rounded(bytes, m->huge ? (size_t)fs.f_bsize : 4096);
-	/* another size is another max_sessions: what is in there cannot be used */
-	if ((size_t)st.st_size != m->bytes && (ftruncate(m->fd, 0) || ftruncate(m->fd, (off_t)m->bytes)))
+	if ((size_t)st.st_size > m->bytes)
+		m->bytes = (size_t)st.st_size;
+	else if ((size_t)st.st_size < m->bytes && ftruncate(m->fd, (off_t)m->bytes))
 		goto fail;
 	if (!m->huge && fstat(m->fd, &st) == 0 && m->bytes > (uint64_t)st.st_blocks * 512 &&
 	    (!is_there(m->bytes - (uint64_t)st.st_blocks * 512) ||
@@ -165,6 +166,19 @@ fail:
 	close(m->fd);
 	m->fd = -1;
 	return -1;
+}
+
+void memory_trim(struct memory *m, size_t bytes)
+{
+	struct statfs fs;
+
+	if (fstatfs(m->fd, &fs))
+		return;
+	bytes = rounded(bytes, m->huge ? (size_t)fs.f_bsize : 4096);
+	if (bytes >= m->bytes || munmap((uint8_t *)m->base + bytes, m->bytes - bytes))
+		return;
+	m->bytes = bytes;
+	(void)!ftruncate(m->fd, (off_t)bytes); /* what stays is only room that is not used */
 }
 
 int memory_reset(struct memory *m)

@@ -17,9 +17,11 @@ struct memory {
 /* The default place of the session file: on hugetlbfs when it has room for `bytes`, else in /dev/shm. */
 void memory_session_path(size_t bytes, bool no_huge, char *path, size_t path_bytes);
 
-/* Maps the session file, made if it is not there or has another size (then it is all zero), and touches every
- * page. An empty path: memory that ends with the process. 0, or -1 and a sentence in `why`. */
+/* Maps the session file, made if it is not there, and touches every page. A smaller one grows, by zeros; a larger one is mapped
+ * as it is, until memory_trim(). An empty path: memory that ends with the process. 0, or -1 and a sentence in `why`. */
 int memory_sessions(struct memory *m, const char *path, size_t bytes, char *why, size_t why_bytes);
+/* Cuts it down to that size. */
+void memory_trim(struct memory *m, size_t bytes);
 /* Empties it again: all zero. */
 int memory_reset(struct memory *m);
 

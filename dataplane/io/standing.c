@@ -5,6 +5,17 @@
 #include <stdio.h>
 #include <string.h>
 
+struct word {
+	int priority;
+	const char *why;
+};
+
+static const struct word well = {0, "all is well"}, exhausted = {-80, "a pool has no port left"},
+			 differs = {-90, "the peer is master with other pools or zones"},
+			 lacks = {-100, "the peer's sessions are not all here"},
+			 stalled = {-254, "a worker makes no rounds"},
+			 unlinked = {-254, "one side has no link"};
+
 void standing_open(struct standing *s, const char *socket, bool usual)
 {
 	snprintf(s->path, sizeof s->path, usual ? "/run/dsnatd/vrrp" : "%s.vrrp", socket);
@@ -21,38 +32,47 @@ static bool is_master(const struct plan *plan)
 	return false;
 }
 
-static int standing_of(const struct plan *plan, const struct sync_view *sync, bool translates)
+static const struct word *word_of(const struct plan *plan, const struct standing_facts *f)
 {
-	if (!translates)
-		return -150;
-	if (!sync || is_master(plan))
-		return 0;
-	return sync->connected && sync->heard_all ? 0 : -100;
+	const struct offer *ours = &f->offer;
+
+	if (!f->translates)
+		return &stalled;
+	if (!f->linked)
+		return &unlinked;
+	if (!f->sync)
+		return &well;
+	const struct offer *theirs = &f->sync->peer;
+	const bool told = f->sync->connected && theirs->digest != 0,
+		   relieves = told && theirs->exhausted && ours->addresses > theirs->addresses;
+	if (is_master(plan))
+		return f->sync->in_sync && ours->exhausted ? &exhausted : &well;
+	if (!f->sync->connected || !f->sync->heard_all)
+		return &lacks;
+	if (told && theirs->digest != ours->digest)
+		return relieves ? &well : &differs;
+	return told && theirs->exhausted ? &exhausted : &well;
 }
 
-void standing_follow(struct standing *s, const struct plan *plan, const struct sync_view *sync,
-		     bool translates)
+void standing_follow(struct standing *s, const struct plan *plan, const struct standing_facts *facts)
 {
-	const int standing = standing_of(plan, sync, translates);
+	const struct word *word = word_of(plan, facts);
 	char aside[sizeof s->path + 8];
 	FILE *file;
 
-	if (s->has_written && s->written == standing)
+	if (s->has_written && s->written == word->priority)
 		return;
 	snprintf(aside, sizeof aside, "%s.new", s->path);
 	file = fopen(aside, "we");
-	const bool well = file && fprintf(file, "%d\n", standing) > 0;
-	if ((file && fclose(file)) || !well || rename(aside, s->path)) {
+	const bool written = file && fprintf(file, "%d\n", word->priority) > 0;
+	if ((file && fclose(file)) || !written || rename(aside, s->path)) {
 		if (!s->has_written)
 			fprintf(stderr,
 				"dsnatd: %s cannot be written (%s); VRRP will not hear how the engine is\n",
 				s->path, strerror(errno));
-	} else if (s->has_written || standing != 0) {
-		fprintf(stderr, "dsnatd: VRRP priority %+d: %s\n", standing,
-			standing == 0      ? "all is well"
-			: standing == -100 ? "the peer's sessions are not all here"
-					   : "a worker makes no rounds");
+	} else if (s->has_written || word->priority != 0) {
+		fprintf(stderr, "dsnatd: VRRP priority %+d: %s\n", word->priority, word->why);
 	}
 	s->has_written = true;
-	s->written = standing;
+	s->written = word->priority;
 }

@@ -12,9 +12,7 @@ the long run.
 from __future__ import annotations
 
 import itertools
-import os
 import selectors
-import signal
 import socket
 import threading
 import time
@@ -25,163 +23,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.dataplane.test_failover_net import INSIDE, OUTSIDE, REST, Member
-from tests.gateway import DPDK_INTERFACES, Gateway, config
-from tests.lab import Lab, Netns, wait_until
-from tests.traffic import CLIENT, SERVER
+from tests.gateway import Gateway
+from tests.lab import Lab, wait_until
+from tests.pair import OUTSIDE, Pair, Peer, new_pair
+from tests.traffic import SERVER
 
 pytestmark = pytest.mark.net
 
 FIRST_PORT = 7010
-KEY = "8f3c" * 16
-SYNC = "192.0.2."
-
-# as provision/templates/keepalived.conf.j2 has it: the engine's word is added to the priority
-KEEPALIVED = """\
-global_defs {{
-  router_id {name}
-  vrrp_version 3
-}}
-track_file engine {{
-  file {standing}
-  weight 1
-  init_file 0
-}}
-vrrp_sync_group both {{
-  group {{ inside outside }}
-  sync_group_tracking_weight
-}}
-vrrp_instance inside {{
-  state BACKUP
-  interface inside0
-  virtual_router_id 51
-  priority {priority}
-  advert_int {advert_s}
-  track_file {{ engine }}
-  virtual_ipaddress {{ 100.64.0.1/24 }}
-}}
-vrrp_instance outside {{
-  state BACKUP
-  interface outside0
-  virtual_router_id 52
-  priority {priority}
-  advert_int {advert_s}
-  track_file {{ engine }}
-  virtual_ipaddress {{ 198.51.100.1/24 }}
-}}
-"""
-
-
-@dataclass
-class Peer(Member):
-    sessions: Path
-    keepalived_argv: tuple[str, ...]
-
-    def start_engine(self) -> None:
-        self.gateway.start("--sessions", str(self.sessions))
-
-    def in_sync(self) -> bool:
-        answer = self.gateway.show("sync")
-        return bool(answer["in_sync"]) and answer["waiting"] == 0 and answer["on_the_way"] == 0
-
-    def compared_since(self, moment_s: float) -> bool:
-        """Has every range been compared after that moment, and none differed?"""
-        answer = self.gateway.show("sync")
-        if not answer["in_sync"] or "compared_all_ms" not in answer:
-            return False
-        return bool(answer["compared_all_ms"] / 1000 < time.monotonic() - moment_s)
-
-
-def vrrp_pids(peer: Peer) -> list[int]:
-    """keepalived and its children."""
-    parent = peer.keepalived.process.pid
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [parent, *map(int, children)]
-
-
-@dataclass
-class Pair:
-    client: Netns
-    server: Netns
-    wires: Netns
-    a: Peer
-    b: Peer
-
-    def equal(self) -> None:
-        moment_s = time.monotonic()
-        both = (self.a, self.b)
-        wait_until(
-            "both to find no difference",
-            lambda: all(peer.compared_since(moment_s) for peer in both),
-            deadline_s=60,
-        )
-
-    def close(self) -> None:
-        for peer in (self.a, self.b):
-            peer.keepalived.stop()
-            peer.gateway.close()
-
-
-def new_peer(
-    lab: Lab, program: Path, wires: Netns, name: str, number: int, advert_s: float, sessions: int
-) -> Peer:
-    space = lab.netns(name)
-    for end, side in (("vin", "in"), ("vout", "out"), ("sync0", "sync")):
-        lab.wire(space, end, wires, f"{side}{name}")
-    space.ip(f"address add {SYNC}{number}/24 dev sync0")
-    key = lab.directory / f"{name}.key"
-    key.write_text(KEY + "\n")
-    key.chmod(0o600)
-    # both may have other workers than the peer
-    sync = f"sync: {{peer: {SYNC}{5 - number}, listen: {SYNC}{number}, key: file:{key}, hold_back: 1s}}\n"
-    file = lab.directory / f"{name}.yaml"
-    file.write_text(
-        config(workers=number - 1, interfaces=DPDK_INTERFACES, sessions=sessions, rest=REST + sync)
-    )
-    control = Path("/tmp", f"{lab.prefix}-{name}.sock")
-    table = Path("/dev/shm", f"{lab.prefix}-{name}.sessions")
-    standing = Path(f"{control}.vrrp")
-    for path in (control, table, standing):
-        lab.undo.callback(path.unlink, missing_ok=True)
-    gateway = Gateway(space, wires, wires, program, file, control, log=f"{name}-dsnatd")
-    gateway.start("--sessions", str(table))
-    for twin, address in (("inside0", f"100.64.0.{number}"), ("outside0", f"198.51.100.{number}")):
-        space.ip(f"address add {address}/24 dev {twin}")
-        space.ip(f"link set {twin} up")
-    settings = lab.directory / f"{name}-keepalived.conf"
-    settings.write_text(
-        KEEPALIVED.format(name=name, priority=200 - 50 * (number - 2), advert_s=advert_s, standing=standing)
-    )
-    settings.chmod(0o600)
-    pids = [f"--{kind}={lab.directory / f'{name}-{kind}'}" for kind in ("pid", "vrrp_pid", "checkers_pid")]
-    argv = ("keepalived", "--dont-fork", "--log-console", "--vrrp", f"--use-file={settings}", *pids)
-    keepalived = space.start(*argv, log=f"{name}-keepalived.log")
-    return Peer(name, gateway, keepalived, table, argv)
 
 
 @pytest.fixture
 def pair(lab: Lab, program: Callable[[str], Path], request: pytest.FixtureRequest) -> Pair:
-    advert_s = getattr(request, "param", 0.1)
-    client, server, wires = (lab.netns(side) for side in ("client", "server", "wires"))
     option = request.config.getoption
     many = int(option("--connections")) + int(option("--talking")) > 2000
-    peers = [
-        new_peer(lab, program("dsnatd"), wires, name, number, advert_s, 65536 if many else 8192)
-        for name, number in (("a", 2), ("b", 3))
-    ]
-    lab.wire(client, "eth0", wires, "inhost")
-    lab.wire(server, "eth0", wires, "outhost")
-    lab.bridge(wires, "inside", "ina", "inb", "inhost")
-    lab.bridge(wires, "outside", "outa", "outb", "outhost")
-    lab.bridge(wires, "sync", "synca", "syncb")
-    client.ip(f"address add {CLIENT}/24 dev eth0")
-    client.ip(f"route add default via {INSIDE}")
-    server.ip(f"address add {SERVER}/24 dev eth0")
-    a, b = peers
-    wait_until("a to be master", lambda: a.is_master() and not b.has(OUTSIDE), deadline_s=40)
-    wait_until("the pool to be a's", lambda: a.ours() and not b.ours())
-    wait_until("both to be in sync", lambda: a.in_sync() and b.in_sync(), deadline_s=40)
-    return Pair(client, server, wires, a, b)
+    advert_s = getattr(request, "param", 0.1)
+    return new_pair(lab, program("dsnatd"), advert_s=advert_s, sessions=65536 if many else 8192)
 
 
 @dataclass
@@ -337,14 +194,12 @@ def test_every_connection_survives_whatever_happens_to_a_gateway(
     pair.equal()
     # the engine is killed: the next one goes on with the sessions; keepalived sees nothing
     moment_s = time.monotonic()
-    a.gateway.daemon.process.kill()
-    a.gateway.daemon.wait(timeout_s=10)
+    a.kill_engine()
     a.start_engine()
     survived("engine killed", moment_s)
     pair.equal()
     # the backup is rebooted with an empty table while traffic runs, and gets everything
-    b.gateway.daemon.process.kill()
-    b.gateway.daemon.wait(timeout_s=10)
+    b.kill_engine()
     b.sessions.unlink()
     b.start_engine()
     wait_until("b to be in sync", lambda: a.in_sync() and b.in_sync(), deadline_s=40)
@@ -395,26 +250,23 @@ def test_the_link_for_sessions_may_lose_break_or_freeze(
     for peer in (a, b):
         peer.gateway.space.run("iptables", "-D", *lose)
     # pulled for a while: said, nothing is lost by it, and told when it is back
-    pair.wires.ip("link set synca down")
+    a.pull("sync")
     wait_until("the silence to be seen", lambda: not a.gateway.show("sync")["connected"])
     assert not a.in_sync()
     late = Connections(pair, 50, 0)
     late.port += 2
     late.open()
-    pair.wires.ip("link set synca up")
+    a.plug("sync")
     wait_until("both to be in sync again", lambda: a.in_sync() and b.in_sync(), deadline_s=60)
     pair.equal()
     # the whole gateway stands still, and goes on later as if nothing had been
-    frozen = (a.gateway.daemon.process.pid, *vrrp_pids(a))
-    for pid in frozen:
-        os.kill(pid, signal.SIGSTOP)
+    a.freeze()
     moment_s = time.monotonic()
     wait_until("b to be master", b.is_master, deadline_s=20)
     dark_s = connections.dark_s(moment_s)
     for these in (connections, more, late):
         these.all_live()
-    for pid in frozen:
-        os.kill(pid, signal.SIGCONT)
+    a.thaw()
     wait_until("a to be master alone", lambda: a.is_master() and not b.has(OUTSIDE), deadline_s=40)
     for these in (connections, more, late):
         these.all_live()
@@ -423,8 +275,7 @@ def test_the_link_for_sessions_may_lose_break_or_freeze(
     pair.equal()
     # both die at once, and come back on their tables
     for peer in (a, b):
-        peer.gateway.daemon.process.kill()
-        peer.gateway.daemon.wait(timeout_s=10)
+        peer.kill_engine()
     moment_s = time.monotonic()
     for peer in (a, b):
         peer.start_engine()
@@ -443,17 +294,15 @@ def test_the_link_for_sessions_may_lose_break_or_freeze(
 def test_a_returning_master_waits_until_it_has_every_session(pair: Pair) -> None:
     a, b = pair.a, pair.b
     # a loses everything, and the link that would give it back
-    pair.wires.ip("link set synca down")
+    a.pull("sync")
     a.fall_silent()
     wait_until("b to be master", b.is_master, deadline_s=20)
-    a.gateway.daemon.process.kill()
-    a.gateway.daemon.wait(timeout_s=10)
+    a.kill_engine()
     a.sessions.unlink()
     a.keepalived.stop()
     a.start_engine()
-    standing = Path(f"{a.gateway.socket}.vrrp")
-    wait_until("a to say that it lacks sessions", lambda: standing.read_text() == "-100\n")
-    a.keepalived = a.gateway.space.start(*a.keepalived_argv, log="a-keepalived-again.log")
+    wait_until("a to say that it lacks sessions", lambda: a.standing.read_text() == "-100\n")
+    a.start_keepalived()
     a.return_()
     wait_until("a to be a backup", lambda: "Entering BACKUP STATE" in a.keepalived.text())
     moment_s = time.monotonic()
@@ -461,8 +310,8 @@ def test_a_returning_master_waits_until_it_has_every_session(pair: Pair) -> None
     assert b.is_master(), "a preempted without the sessions"
     assert not a.has(OUTSIDE)
     # the link is back: a hears all, and takes over
-    pair.wires.ip("link set synca up")
+    a.plug("sync")
     wait_until("a to be master", lambda: a.is_master() and not b.has(OUTSIDE), deadline_s=40)
-    assert standing.read_text() == "0\n"
+    assert a.standing.read_text() == "0\n"
     pair.equal()
     pair.close()

@@ -8,9 +8,12 @@ most of it).
 from __future__ import annotations
 
 import itertools
+import re
+import socket
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from tests.dataplane.test_failover_net import Probe
 from tests.dataplane.test_pair_net import Connections
 from tests.gateway import POOLS_AND_ZONES, Gateway, config, new_gateway
 from tests.lab import Lab, wait_until
+from tests.traffic import SERVER
 
 pytestmark = pytest.mark.net
 
@@ -91,6 +95,60 @@ def test_no_connection_is_lost_by_kills_under_traffic_nor_by_other_workers_or_po
     }
     print(figures)
     record_property("restarts", figures)
+    connections.close()
+    gateway.close()
+
+
+def test_another_max_sessions_keeps_every_connection(
+    lab: Lab, program: Callable[[str], Path], table: Path
+) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), config(sessions=SESSIONS), start=False)
+    start(gateway, table)
+    gateway.address()
+    connections = Connections(gateway, 100, 5)
+    connections.open()
+    for sessions in (4 * SESSIONS, 1024):
+        gateway.daemon.process.kill()
+        gateway.daemon.wait(timeout_s=10)
+        gateway.file.write_text(config(sessions=sessions))
+        moment_s = time.monotonic()
+        start(gateway, table)
+        said = gateway.daemon.text()
+        assert f"engine.max_sessions is {sessions} now" in said
+        assert "going on with the sessions" in said
+        assert "LOST" not in said
+        connections.dark_s(moment_s)
+        connections.all_live()
+    connections.close()
+    gateway.close()
+    assert table.stat().st_size < 8 << 20, "the file of the larger table was not cut down"
+
+
+def test_sessions_that_a_smaller_table_has_no_room_for_are_said(
+    lab: Lab, program: Callable[[str], Path], table: Path
+) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), config(sessions=SESSIONS), start=False)
+    start(gateway, table)
+    gateway.address()
+    connections = Connections(gateway, 50, 0)
+    connections.open()
+
+    def scan() -> None:
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as one:
+            for port in range(20000, 22000):
+                one.sendto(b"?", (SERVER, port))
+                time.sleep(0 if port % 100 else 0.01)
+
+    gateway.client.inside(scan)
+    wait_until("sessions", lambda: gateway.counters()["sessions"] > 1500)
+    gateway.close()
+    gateway.file.write_text(config(sessions=1024))
+    start(gateway, table)
+    assert re.search(
+        r"LOST: \d+ of \d+ sessions have no room in engine.max_sessions: 1024", gateway.daemon.text()
+    )
+    # what goes first is what is over soonest: no established connection
+    connections.all_live()
     connections.close()
     gateway.close()
 
