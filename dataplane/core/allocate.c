@@ -243,6 +243,16 @@ static uint32_t open_mapping(struct nat_engine *e, const struct nat_tuple *tuple
 	return mapping;
 }
 
+/* The mapping translates the packet itself. False: there is none that may. */
+static bool pass_over_mapping(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason *why)
+{
+	pkt->session = open_mapping(e, &pkt->tuple, why);
+	if (pkt->session == NAT_NO_SESSION)
+		return false;
+	pkt->stage_flags |= NAT_STAGE_OVER_MAPPING;
+	return true;
+}
+
 /* May a TCP packet without a session begin one? Adopting is right where sessions were lost and the remote
  * will sort out the rest. */
 static bool adopts_midflow(struct nat_engine *e, struct nat_pkt *pkt)
@@ -254,13 +264,10 @@ static bool adopts_midflow(struct nat_engine *e, struct nat_pkt *pkt)
 	/* The answer to a SYN that a mapping has let in. */
 	if (flags == (NAT_TCP_SYN | NAT_TCP_ACK) || (flags & NAT_TCP_RST)) {
 		enum nat_reason why;
-		const uint32_t mapping = open_mapping(e, &pkt->tuple, &why);
-		if (mapping != NAT_NO_SESSION && !(flags & NAT_TCP_RST))
-			return true;
-		if (mapping != NAT_NO_SESSION) {
-			pkt->session = mapping;
+		if ((flags & NAT_TCP_RST) && pass_over_mapping(e, pkt, &why))
 			return false;
-		}
+		if (!(flags & NAT_TCP_RST) && open_mapping(e, &pkt->tuple, &why) != NAT_NO_SESSION)
+			return true;
 	}
 	if (e->policy->tcp_midflow == NAT_MIDFLOW_ADOPT && flags == NAT_TCP_ACK)
 		return true;
@@ -323,11 +330,10 @@ static void begin_from_outside(struct nat_engine *e, struct nat_pkt *pkt)
 		return;
 	}
 	enum nat_reason why;
-	pkt->session = open_mapping(e, &pkt->tuple, &why);
-	if (pkt->session == NAT_NO_SESSION)
-		nat_drop(pkt, why);
-	else
+	if (pass_over_mapping(e, pkt, &why))
 		nat_route(e, pkt, 1);
+	else
+		nat_drop(pkt, why);
 }
 
 /* RFC 5508 REQ-4 and REQ-5 ask for a mapping, not for a session: the quoted packet may be one that the
@@ -336,11 +342,26 @@ static void find_mapping_of_error(struct nat_engine *e, struct nat_pkt *pkt)
 {
 	enum nat_reason why;
 
-	pkt->session = open_mapping(e, &pkt->tuple, &why);
-	if (pkt->session == NAT_NO_SESSION)
+	if (!pass_over_mapping(e, pkt, &why))
 		nat_drop(pkt, NAT_REASON_ICMP_NO_SESSION);
 	else if (nat_is_inbound(pkt))
 		nat_route(e, pkt, 1);
+}
+
+/* The wheel was turned for want of a port after packets had been found to pass over mappings: those may have ended with their last
+ * session, and their records may be another's by now. */
+static void look_again(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+{
+	enum nat_reason why;
+
+	for (uint32_t i = 0; i < n; i++) {
+		if (pkt[i].settled || !(pkt[i].stage_flags & NAT_STAGE_OVER_MAPPING))
+			continue;
+		if (!pass_over_mapping(e, &pkt[i], &why))
+			nat_drop(&pkt[i], why);
+		else if (nat_is_inbound(&pkt[i]))
+			nat_route(e, &pkt[i], 1);
+	}
 }
 
 /* ---- before the first of a burst: fetch what all of them will touch ---- */
@@ -449,6 +470,7 @@ static bool stays_on_its_link(struct nat_pkt *pkt)
 static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
 	uint64_t asked = 0; /* a bit per packet from inside that was here already, by its hash */
+	const uint32_t done_s = e->wheel.done_s;
 
 	for (uint32_t i = 0; i < n; i++) {
 		if (pkt[i].settled || pkt[i].session != NAT_NO_SESSION)
@@ -478,6 +500,8 @@ static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 			nat_answer(e, &pkt[i]);
 		}
 	}
+	if (NAT_UNLIKELY(e->wheel.done_s != done_s))
+		look_again(e, pkt, n);
 }
 
 static bool is_short_of_records(const struct nat_engine *e, uint32_t wanted)

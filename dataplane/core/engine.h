@@ -25,6 +25,7 @@ enum {
 		0x08, /* tuple is that of the quoted packet, seen from the sender of the error's side */
 	NAT_STAGE_HAIRPIN = 0x10, /* from inside to a pool address: goes through the engine a second time */
 	NAT_STAGE_SECOND = 0x20,  /* is on that second time: TTL is paid already */
+	NAT_STAGE_OVER_MAPPING = 0x40, /* has no session: the mapping itself translates it */
 };
 
 /* The timer wheel: one slot per second, several chains per slot so that their records can be fetched

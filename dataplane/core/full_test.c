@@ -72,10 +72,47 @@ static void test_a_table_full_of_sessions_that_are_over_is_not_full(void)
 	testbed_stop(&t, false);
 }
 
+/* A packet passes over a mapping whose last session is over; the next of the burst finds all ports taken, so those that are over
+ * end, and their records and ports are given out again. */
+static void test_a_packet_over_a_mapping_that_ends_in_its_burst_goes_to_no_other_host(uint32_t victim)
+{
+	enum { PORTS = 128, OVER = 64 };
+	struct testbed t;
+	uint8_t bytes[2][28], sent[28];
+	uint64_t now_ns = SECOND_NS;
+	uint16_t port = 0;
+
+	testbed_config(&t, 1, 2000, 2000 + PORTS - 1, RECORDS);
+	t.pool.mapping = NAT_ENDPOINT_INDEPENDENT;
+	t.config.timeouts.hold_s = 0;
+	testbed_start(&t, now_ns);
+	for (uint32_t i = 0; i < PORTS; i++) {
+		testbed_udp(&t, sent, 0, host_of(i), 4000, ADDRESS(198, 51, 100, 1), 443, now_ns);
+		if (i == victim)
+			port = nat_read16(sent + 20);
+	}
+	for (uint32_t i = OVER; i < PORTS; i++)
+		talk(&t, host_of(i), 4000, now_ns + 60 * SECOND_NS);
+	now_ns += 121 * SECOND_NS;
+	struct nat_pkt pkt[2] = {{.l3 = bytes[0], .len_bytes = 28, .iface = 1},
+				 {.l3 = bytes[1], .len_bytes = 28, .iface = 0}};
+	testbed_write_udp(bytes[0], ADDRESS(198, 51, 100, 77), 9, ADDRESS(203, 0, 113, 1), port);
+	testbed_write_udp(bytes[1], host_of(1000), 4000, ADDRESS(198, 51, 100, 1), 443);
+	nat_engine_run(t.e, pkt, 2, now_ns);
+	assert(pkt[1].verdict == NAT_FORWARD);
+	if (pkt[0].verdict == NAT_FORWARD)
+		assert(nat_read32(bytes[0] + NAT_IP_DESTINATION) == host_of(victim) ||
+		       (nat_read16(bytes[1] + 20) == port &&
+			nat_read32(bytes[0] + NAT_IP_DESTINATION) == host_of(1000)));
+	testbed_stop(&t, false);
+}
+
 int main(void)
 {
 	test_a_refused_session_leaves_its_block_to_others(NAT_ENDPOINT_DEPENDENT);
 	test_a_refused_session_leaves_its_block_to_others(NAT_ENDPOINT_INDEPENDENT);
 	test_a_table_full_of_sessions_that_are_over_is_not_full();
+	for (uint32_t victim = 0; victim < 64; victim++)
+		test_a_packet_over_a_mapping_that_ends_in_its_burst_goes_to_no_other_host(victim);
 	return 0;
 }
