@@ -132,7 +132,11 @@ def gateway(lab: Lab, program: Callable[[str], Path]) -> Iterator[Gateway]:
         "  - {source: 100.64.0.0/16, pool: follows}\n"
         "  - {source: 100.65.0.0/16, pool: open}\n"
         'logging: [{protocol: ipfix, collector: "127.0.0.1:4739", destinations: on}]\n'
+        f"sync: {{peer: 127.0.0.2, listen: 127.0.0.1, key: 'file:{lab.directory}/sync.key'}}\n"
     )
+    key = lab.directory / "sync.key"  # a peer that is not there
+    key.write_text("07" * 32)
+    key.chmod(0o600)
     made = new_gateway(lab, program("dsnatd"), text)
     yield made
     made.close()
