@@ -40,7 +40,8 @@ static inline struct port *vlan_port(struct ports *ports, const struct port *fir
 	struct port *untagged = NULL;
 	struct vlan_header tag = {0};
 
-	if (!stripped && rte_pktmbuf_data_len(m) >= 2 * RTE_ETHER_ADDR_LEN + sizeof(tag))
+	/* a frame that ends with its tag has no EtherType: behind it stands what was in the buffer before */
+	if (!stripped && rte_pktmbuf_data_len(m) >= sizeof(struct rte_ether_hdr) + sizeof(tag))
 		memcpy(&tag, frame + 2 * RTE_ETHER_ADDR_LEN, sizeof(tag));
 	const bool inside = tag.type == VLAN_TYPE_BE;
 	const uint16_t id = (stripped ? m->vlan_tci : inside ? rte_be_to_cpu_16(tag.id) : 0) & VLAN_ID;

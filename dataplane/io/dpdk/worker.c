@@ -466,6 +466,11 @@ static bool frame(struct worker *w, struct port *port, struct rte_mbuf *m, struc
 		rte_pktmbuf_free(m);
 		return false;
 	}
+	if (rte_pktmbuf_data_len(m) < ETHER_BYTES) { /* from a driver whose other end is a program */
+		nat_engine_bypass(w->thread.engine, NAT_DROP, NAT_REASON_TRUNCATED);
+		rte_pktmbuf_free(m);
+		return false;
+	}
 	if (port->takes_tags && !(port = vlan_port(w->ports, port, m))) {
 		nat_engine_bypass(w->thread.engine, NAT_DROP, NAT_REASON_OTHER_HOST);
 		rte_pktmbuf_free(m);
