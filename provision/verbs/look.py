@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -93,12 +94,24 @@ def _summary(running: Running, addresses: list[str]) -> dict[str, Any]:
         "generation": running.generation,
         "engine": "error" if "error" in engine else "up",
         "sessions": answer.get("sessions", "-"),
-        "pools": " ".join(f"{p.get('name')}:{p.get('sessions', '-')}" for p in pools) or "-",
+        "pools": ", ".join(map(pool_use, pools)) or "-",
         "sync": _sync(engine.get("sync", {})),
         "bgp": f"{sum(n['state'] == 'Established' for n in met)}/{len(met)}" if met else "-",
         "image": running.facts.get("image") or "-",
         "drift": ", ".join(running.drift) or "no",
     }
+
+
+def pool_use(pool: Mapping[str, Any]) -> str:
+    """Sessions, how full it is where a port serves one mapping, and what found no port."""
+    notes = []
+    ports = pool.get("n_ports", 0)
+    if pool.get("mapping") == "endpoint-independent" and ports:
+        notes.append(f"{100 * max(pool['mappings'].values()) / ports:.0f}% of ports")
+    if pool.get("refused"):
+        notes.append(f"{pool['refused']} refused")
+    told = f" ({', '.join(notes)})" if notes else ""
+    return f"{pool.get('name')}:{pool.get('sessions', '-')}{told}"
 
 
 def _sync(said: dict[str, Any]) -> str:

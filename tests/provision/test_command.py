@@ -16,6 +16,7 @@ from provision.__main__ import main
 from provision.cluster import keep_slices
 from provision.journal import Journal, JournalError, last_run
 from provision.load import load, slices_file
+from provision.verbs.look import pool_use
 from tests.provision.conftest import CLUSTER, LONE, PAIR, changed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +86,15 @@ def test_a_secret_that_is_not_there_is_said_before_anything_is_sent(file: Path) 
     secret = ("    vrrp:\n", "    vrrp:\n      version: 2\n      authentication: {password: 'env:NOT_SET'}\n")
     file.write_text(changed(LONE, secret))
     assert "env:NOT_SET: NOT_SET is not set in the environment" in run("--file", str(file), "plan", status=2)
+
+
+def test_a_pools_use_is_its_sessions_how_full_it_is_and_what_it_refused() -> None:
+    pool = {"name": "a", "sessions": 30, "n_ports": 1000, "mapping": "endpoint-independent", "refused": 0}
+    used = {"mappings": {"tcp": 250, "udp": 20, "icmp": 0}}
+    assert pool_use(pool | used) == "a:30 (25% of ports)"
+    assert pool_use(pool | used | {"mapping": "endpoint-dependent"}) == "a:30"
+    assert pool_use(pool | used | {"mapping": "endpoint-dependent", "refused": 7}) == "a:30 (7 refused)"
+    assert pool_use({"name": "old", "sessions": 3}) == "old:3"
 
 
 def test_a_limit_that_names_nobody_is_an_error(file: Path) -> None:
