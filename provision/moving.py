@@ -98,7 +98,10 @@ def _await_empty(rollout: Rollout, leaving: list[Move], running: Mapping[str, Ru
             if left:
                 rollout.say("step", f"{left} sessions did not run out in {grace_s:.0f} s and are ended")
             return latest
-        rollout.nap(LOOK_S)
+        try:
+            rollout.nap(LOOK_S)
+        except KeyboardInterrupt:
+            rollout.stop.set()
 
 
 def _end_sessions(rollout: Rollout, leaving: list[Move]) -> None:

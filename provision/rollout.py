@@ -112,7 +112,10 @@ def push_all(
 
     for number, wave in enumerate(order_of_waves):
         if number and soak_s and not stop.is_set() and not budget.empty:
-            nap(soak_s)
+            try:
+                nap(soak_s)
+            except KeyboardInterrupt:
+                stop.set()
         with ThreadPoolExecutor(max_workers=max(1, min(jobs, len(wave)))) as pool:
             left: set[Future[None]] = {pool.submit(one_unit, list(unit)) for unit in wave}
             while left:

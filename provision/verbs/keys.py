@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ import click
 
 from provision.verbs import (
     FAILED,
+    INTERRUPTED,
     INVALID,
     SOME_FAILED,
     Exit,
@@ -24,6 +27,7 @@ from provision.verbs import (
 )
 
 if TYPE_CHECKING:
+    from provision.load import Source
     from provision.model import Fleet
 
 
@@ -85,7 +89,6 @@ def _rotate(options: Options, fleet: Fleet, names: list[str], *, yes: bool) -> N
     """One gateway after the other: a fault stops before the next one has another key too."""
     from provision.load import load
     from provision.rollout import window_of
-    from provision.ssh import GatewayError
 
     if not options.limit and len(names) > 1:
         raise Exit(INVALID, "say whose keys to rotate with --limit ('*' for all)")
@@ -97,7 +100,36 @@ def _rotate(options: Options, fleet: Fleet, names: list[str], *, yes: bool) -> N
     owner, window_s = order_of(options, "host key", 60, confirm=True).owner, window_of(fleet)
     _, source = load(options.file)
     done: dict[str, str] = {}
+    stop = threading.Event()
+    # Between two keys a gateway and the file must not part: an interrupt waits until both have the same.
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        _rotate_all(options, fleet, names, source, owner, window_s, done, stop)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if options.json:
+        emit({"rotated": done})
+    if stop.is_set():
+        left = [name for name in names if name not in done]
+        text = f"interrupted; not begun: {', '.join(left) or 'nobody'}; nothing is left armed"
+        raise Exit(INTERRUPTED, text)
+
+
+def _rotate_all(
+    options: Options,
+    fleet: Fleet,
+    names: list[str],
+    source: Source,
+    owner: str,
+    window_s: int,
+    done: dict[str, str],
+    stop: threading.Event,
+) -> None:
+    from provision.ssh import GatewayError
+
     for name in names:
+        if stop.is_set():
+            return
         place = Path(source.problem(("gateways", name, "host_key"), "").file)
         try:
             done[name] = _rotate_one(options, fleet, name, place, owner, window_s)
@@ -107,8 +139,6 @@ def _rotate(options: Options, fleet: Fleet, names: list[str], *, yes: bool) -> N
             raise Exit(SOME_FAILED, f"{name}: {error}; its old host key stays") from error
         if not options.json:
             print(f"{name}: {fingerprint(done[name])}, written to {place}")
-    if options.json:
-        emit({"rotated": done})
 
 
 def _rotate_one(options: Options, fleet: Fleet, name: str, place: Path, owner: str, window_s: int) -> str:

@@ -461,6 +461,25 @@ def test_an_interrupted_run_begins_nothing_new() -> None:
     assert [result.outcome for result in found] == ["confirmed", "skipped", "skipped"]
 
 
+def test_an_interrupt_while_it_soaks_tells_who_has_the_change_and_who_has_not() -> None:
+    def nap(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    stop = threading.Event()
+    ordered = waves([[change(f"gw{n}")] for n in range(3)], 10)
+    found = push_all(
+        ordered,
+        lambda c: Result(c.gateway, "confirmed"),
+        jobs=1,
+        budget=Budget(0),
+        soak_s=600,
+        stop=stop,
+        nap=nap,
+    )
+    assert [result.outcome for result in found] == ["confirmed", "skipped", "skipped"]
+    assert stop.is_set()
+
+
 def test_a_defect_of_ours_loses_no_other_result() -> None:
     def one(c: Change) -> Result:
         raise ZeroDivisionError

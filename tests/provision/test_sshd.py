@@ -265,29 +265,41 @@ def test_the_pinned_key_is_checked_on_request(gateway: Gateway) -> None:
     assert "as pinned" in run(fleet(gateway), "keys", "--check")
 
 
-def test_ctrl_c_lets_what_is_in_flight_end_and_says_that_nothing_is_armed(gateway: Gateway) -> None:
+def interrupted(gateway: Gateway, file: Path, *words: str) -> str:
+    """What a verb says that was interrupted while the gateway was at it. It ends with 130."""
     (gateway.fake / "wait").touch()
-    file = fleet(gateway)
-    argv = [sys.executable, "-m", "provision", "--file", str(file), "push", "--yes"]
     with subprocess.Popen(
-        argv,
+        [sys.executable, "-m", "provision", "--file", str(file), *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         # a shell ignores Ctrl-C for what it runs in the background, and so would all that this one starts
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as push:
-        wait_until("the change to be applied", (gateway.fake / "waiting").exists, deadline_s=40)
-        push.send_signal(signal.SIGINT)
+    ) as verb:
+        wait_until("the gateway to be at it", (gateway.fake / "waiting").exists, deadline_s=40)
+        verb.send_signal(signal.SIGINT)
         time.sleep(0.5)  # nothing shows that the signal has arrived; the change waits meanwhile
         (gateway.fake / "wait").unlink()
-        assert push.stdout is not None
-        said = push.stdout.read()
-        assert push.wait(40) == 130, said
+        assert verb.stdout is not None
+        said = verb.stdout.read()
+        assert verb.wait(40) == 130, said
+    return said
+
+
+def test_ctrl_c_lets_what_is_in_flight_end_and_says_that_nothing_is_armed(gateway: Gateway) -> None:
+    said = interrupted(gateway, fleet(gateway), "push", "--yes")
     assert "interrupted; nothing is left armed" in said
     assert gateway.current() == 1
     assert not (gateway.root / "pending").exists()
+
+
+def test_ctrl_c_never_parts_a_new_host_key_from_the_file(gateway: Gateway) -> None:
+    file = fleet(gateway)
+    said = interrupted(gateway, file, "keys", "rotate", "--yes")
+    assert "interrupted; not begun: nobody; nothing is left armed" in said
+    assert gateway.host_key not in file.read_text()
+    assert "as pinned" in run(file, "keys", "--check")
 
 
 def test_a_gateway_behind_a_jump_host_is_reached_with_both_keys_pinned(
