@@ -231,7 +231,13 @@ def _include(
             continue  # the model says what it should be
         mark = item.start_mark
         line, column, text = mark.line + 1, mark.column + 1, texts[str(path)][mark.line]
-        found = sorted(path.parent.glob(item.value)) if not item.value.startswith("/") else [Path(item.value)]
+        try:
+            found = [Path(item.value)] if item.value.startswith("/") else sorted(path.parent.glob(item.value))
+        except (
+            ValueError,
+            IndexError,
+        ):  # "", ".", "a**b": what pathlib takes for no pattern depends on its age
+            found = []
         if not found:
             what = f"no file matches {item.value}; the name is relative to {path.name}"
             problems.append(Problem(str(path), line, column, "include", what, text))

@@ -59,10 +59,10 @@ def apply(state: State, request: Json) -> Json:
         state.write_pending(pending)
         try:
             machine.arm(pending["id"])
-        except Refused:
+            state.record("applied", pending, to=generation)
+        except (Refused, OSError):  # no unit, no space: nothing has moved, so there is nothing to undo
             state.forget_pending()
             raise
-        state.record("applied", pending, to=generation)
         state.point_at(generation)
         done = play(state, pending["actions"], manifest)
         well = await_health(state, manifest) if all(a["ok"] for a in done) else []

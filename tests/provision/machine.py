@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -40,6 +42,7 @@ class FakeMachine(Machine):
         self.silent = False  # nothing outside answers
         self.deaf: set[int] = set()  # VRRP ids whose adverts do not come in
         self.trial_s = 0.0  # since its boot, until a new image is found well
+        self.full = False  # nothing more fits into the history
         self.steps_left: int | None = None
         self._snapshot: Path | None = None
         self.source: Callable[[], float] | None = None
@@ -65,6 +68,8 @@ class FakeMachine(Machine):
         self.now += seconds
 
     def step(self, name: str) -> None:
+        if self.full and name.startswith("record "):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.steps_left is None:
             return
         self.steps_left -= 1

@@ -191,6 +191,27 @@ def test_an_undo_that_cannot_be_armed_stops_the_change(machine: FakeMachine, ali
     assert State(machine).pending() is None
 
 
+def test_a_full_disk_stops_a_change_before_anything_moves(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    staged = alice.stage("b")
+    machine.full = True
+    with pytest.raises(OSError, match="No space left"):
+        alice.apply(staged)
+    assert State(machine).pending() is None, "the undo would restart an engine that nobody touched"
+    assert machine.live() == 1
+
+
+def test_an_undo_ends_also_when_the_disk_is_full(machine: FakeMachine, alice: Client) -> None:
+    alice.push("a")
+    alice.apply(alice.stage("b"))
+    machine.full = True
+    machine.now += 61
+    machine.undo_runs()
+    assert State(machine).pending() is None, "or it begins again each second, restarts of the engine included"
+    assert machine.running["dsnatd"] == "engine: a\n"
+    assert "undone" in machine.said[-1]
+
+
 def test_a_generation_that_was_edited_after_staging_is_not_applied(
     machine: FakeMachine, alice: Client
 ) -> None:

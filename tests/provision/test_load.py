@@ -127,6 +127,14 @@ def test_a_name_in_two_files_names_both(read: Reader, tmp_path: Path) -> None:
         read("include: [a.yaml]\n" + LONE)
 
 
+@pytest.mark.parametrize("pattern", ["''", ".", "a**b"])
+def test_an_include_that_is_no_pattern_is_an_error_and_no_traceback(
+    complaints: Complaints, pattern: str
+) -> None:
+    (found,) = complaints(f"include: [{pattern}]\n" + LONE)
+    assert found.startswith("fleet.yaml:1:11: include: ")
+
+
 def test_an_include_of_nothing_is_an_error(complaints: Complaints) -> None:
     assert complaints("include: [none/*.yaml]\n" + LONE) == [
         "fleet.yaml:1:11: include: no file matches none/*.yaml; the name is relative to fleet.yaml"
