@@ -61,10 +61,12 @@ def show_sessions(arguments: argparse.Namespace) -> int:
     """Page by page, so that millions cost neither memory here nor time there."""
     left = arguments.limit or sys.maxsize
     request = filters(arguments)
-    first = True
-    print('{"ok":true,"sessions":[' if arguments.json else show.sessions_head())
+    begun, first = False, True
     with Engine(arguments.socket) as engine:
         for answer in engine.pages(cmd="show", what="sessions", **request):
+            if not begun:  # not before the engine has agreed: a refusal is an answer of its own
+                print('{"ok":true,"sessions":[' if arguments.json else show.sessions_head())
+                begun = True
             answer["sessions"] = answer["sessions"][:left]
             left -= len(answer["sessions"])
             if arguments.json:
@@ -379,7 +381,12 @@ def tell(answer: Json, view: Callable[[Json], Iterator[str]], *, as_json: bool) 
 
 
 def filters(arguments: argparse.Namespace) -> Json:
-    return {name: getattr(arguments, name) for name in FILTERS if getattr(arguments, name, None)}
+    """What was given. An empty one is a mistake: `clear --host "$UNSET" --pool home` would end all of them."""
+    given = {name: value for name in FILTERS if (value := getattr(arguments, name, None)) is not None}
+    for name, value in given.items():
+        if value == "":
+            raise UsageError(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
+    return given
 
 
 def add_filters(parser: argparse.ArgumentParser) -> None:
@@ -531,6 +538,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader (head, less) has seen enough; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"dsnatctl: what was asked for cannot be written ({error.strerror})", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at exit either
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -1,8 +1,9 @@
 """support: one archive with what somebody needs who helps from afar.
 
 Each item is collected on its own and may fail on its own: what could not be had stands in `missing.json`,
-with the reason. Nothing secret goes in: lines that hold a key or a password are blanked, packets are not
-taken, and sessions (whose hosts are people) only with --sessions.
+with the reason. Nothing secret goes in: lines that hold a key or a password are blanked, and so are those
+that are nothing but a key (the pair's, in a file of its own); packets are not taken, and sessions (whose
+hosts are people) only with --sessions.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ FILE_BYTES_MAX = 1 << 20
 SECRET = re.compile(
     r"(?im)^(?P<name>[^\n#]*\b(auth_pass|pass(word|phrase)?|secret|private_?key|preshared_?key|token)\b\s*[:=]?\s*)\S.*$"
 )
+BARE_KEY = re.compile(r"(?m)^\s*[0-9a-fA-F]{64}\s*$")  # sync.key
 COMMANDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernel/uname", ("uname", "-a")),
     ("kernel/lspci", ("lspci", "-nnk")),
@@ -47,7 +49,7 @@ FILES = ("/proc/cmdline", "/proc/cpuinfo", "/proc/meminfo", "/proc/interrupts", 
 
 
 def without_secrets(text: str) -> str:
-    return SECRET.sub(r"\g<name>(removed)", text)
+    return BARE_KEY.sub("(removed)", SECRET.sub(r"\g<name>(removed)", text))
 
 
 class Archive:

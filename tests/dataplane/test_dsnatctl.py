@@ -108,6 +108,36 @@ def test_a_list_of_sessions_comes_in_pages_and_is_complete(engine: Bench, ctl: C
     assert len(out.splitlines()) == 8
 
 
+@pytest.mark.parametrize("verb", [["show", "sessions"], ["clear"]])
+def test_an_empty_filter_is_an_error_and_never_taken_for_none(
+    engine: Bench, ctl: Ctl, verb: list[str]
+) -> None:
+    """As `clear --host "$HOST" --protocol udp` in a script where HOST is not set."""
+    engine.send(udp("100.64.0.2:40000 > 198.51.100.1:5000"))
+    status, out, err = ctl(*verb, "--host", "", "--protocol", "udp")
+    assert (status, out) == (2, "")
+    assert err == "dsnatctl: --host is empty; give it a value, or leave it out\n"
+    _, out, _ = ctl("show", "sessions", "--json")
+    assert len(json.loads(out)["sessions"]) == 1
+
+
+def test_a_refused_listing_is_one_answer_with_nothing_before_it(engine: Bench, ctl: Ctl) -> None:
+    status, out, err = ctl("show", "sessions", "--host", "nobody", "--json")
+    assert status == 1
+    assert json.loads(out)["ok"] is False
+    assert "nobody" in err
+
+
+def test_a_full_disk_is_a_sentence_and_a_status(engine: Bench, path: Path) -> None:
+    argv = [sys.executable, "-m", "dsnatctl", "show", "pools", "--socket", str(path)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT / "dataplane"
+        )
+    assert done.returncode == 1
+    assert done.stderr == "dsnatctl: what was asked for cannot be written (No space left on device)\n"
+
+
 def test_clear_ends_what_the_filter_names_and_asks_for_one(engine: Bench, ctl: Ctl) -> None:
     for n in range(3000):
         engine.send(udp(f"100.64.1.{n % 2}:{20000 + n} > 198.51.100.1:5000"))

@@ -143,6 +143,8 @@ def test_support_works_without_an_engine(tmp_path: Path) -> None:
         ("password: hunter2  # x", "password: (removed)"),
         ("  - {source: 100.64.0.0/16, pool: g1}", "  - {source: 100.64.0.0/16, pool: g1}"),
         ("# the password is elsewhere", "# the password is elsewhere"),
+        ("00112233445566778899AABBccddeeff" * 2, "(removed)"),  # all of sync.key
+        (f"sha256 {'ab' * 32}", f"sha256 {'ab' * 32}"),
     ],
 )
 def test_support_blanks_secrets(line: str, left: str) -> None:
