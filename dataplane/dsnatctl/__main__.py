@@ -381,7 +381,7 @@ def tell(answer: Json, view: Callable[[Json], Iterator[str]], *, as_json: bool) 
 
 
 def filters(arguments: argparse.Namespace) -> Json:
-    """What was given. An empty one is a mistake: `clear --host "$UNSET" --pool home` would end all of them."""
+    """What was given. An empty one is a mistake: `clear --host "$UNSET" --pool a` would end all of them."""
     given = {name: value for name in FILTERS if (value := getattr(arguments, name, None)) is not None}
     for name, value in given.items():
         if value == "":
