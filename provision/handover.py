@@ -77,14 +77,18 @@ def _await_sessions(
     nap: Callable[[float], None],
 ) -> None:
     """Two that tell each other their sessions hand over when the peer has them: a connection that it does not
-    know would be reset. Where they do not talk to each other there is nothing to wait for.
+    know would be reset. A peer that has just come up is given a moment to connect; where the two do not talk
+    to each other at all there is nothing more to wait for.
     """
-    end = now() + CATCH_UP_S
+    begun = now()
     while True:
         said = ask(name, {"do": "facts", "shows": ["sync"]}).get("engine", {}).get("sync", {})
-        if not said.get("connected") or said.get("in_sync"):
+        connected = bool(said.get("connected"))
+        if not said.get("configured") or (connected and said.get("in_sync")):
             return
-        if now() >= end:
+        if not connected and now() >= begun + HAND_OVER_S:
+            return
+        if now() >= begun + CATCH_UP_S:
             raise NoHandOver(
                 f"its peer {peer} still does not have its sessions after {CATCH_UP_S:.0f} s "
                 f"({said.get('differences', '?')} ranges differ, see status); nothing was handed over"

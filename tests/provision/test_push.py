@@ -332,21 +332,23 @@ def test_a_peer_that_is_not_well_is_handed_nothing(lab: Lab, read: Reader) -> No
     assert not lab.machines["gw1"].drained
 
 
-@pytest.mark.parametrize("after_s", [20, 4000])
+@pytest.mark.parametrize(("after_s", "connected_s"), [(20, 0), (25, 20), (4000, 0), (4000, 4000)])
 def test_a_peer_is_handed_the_traffic_only_when_it_has_the_sessions(
-    lab: Lab, read: Reader, after_s: float
+    lab: Lab, read: Reader, after_s: float, connected_s: float
 ) -> None:
+    """One that does not connect at all never will have them, and is given half a minute to."""
     fleet = run_both(lab, read)
     begun = lab.now()
 
     def engine(request: dict[str, Any], timeout_s: float = 5.0) -> dict[str, Any]:
-        equal = lab.now() - begun > after_s
-        return {"ok": True, "configured": True, "connected": True, "in_sync": equal, "differences": 7}
+        passed = lab.now() - begun
+        known = {"connected": passed > connected_s, "in_sync": passed > after_s, "differences": 7}
+        return {"ok": True, "configured": True, **known}
 
     lab.machines["gw1"].engine = engine  # type: ignore[method-assign]
-    if after_s < 300:
+    if min(after_s, connected_s) > 300 or after_s < 300:
         assert "gw2 has" in drain(fleet, "gw1", lab.dial, on=True, now=lab.now, nap=lab.nap)
-        assert lab.now() - begun >= after_s
+        assert lab.now() - begun >= min(after_s, 30)
         return
     with pytest.raises(NoHandOver, match=r"gw2 still does not have its sessions .* \(7 ranges differ"):
         drain(fleet, "gw1", lab.dial, on=True, now=lab.now, nap=lab.nap)
