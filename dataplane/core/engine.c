@@ -293,16 +293,18 @@ struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *pa
 
 void nat_engine_set_policy(struct nat_engine *e, struct nat_policy *policy)
 {
-	const bool moves = e->workers && policy->places != e->policy->places;
+	const struct nat_policy *const old = e->policy;
+	const bool moves = e->workers && policy->places != old->places;
 
 	nat_table_bind(e->table, policy);
-	nat_policy_inherit(policy, e->policy, e->worker);
+	nat_policy_inherit(policy, old, e->worker);
 	if (moves)
 		nat_away_count_all(e, NAT_AWAY_ENDS);
 	e->policy = policy;
 	if (moves)
 		nat_away_count_all(e, NAT_AWAY_ADOPTED);
 	e->notes = &policy->notes[e->worker];
+	nat_notes_recount(e, old);
 	nat_engine_set_timeouts(e);
 	nat_portsets_forget(e); /* other ports may be forwarded now */
 }

@@ -421,8 +421,17 @@ void nat_session_lapse(struct nat_engine *e, uint32_t mapping);
 /* A session has left its mapping. The last one ends it, or puts it on hold. */
 void nat_session_leave(struct nat_engine *e, uint32_t mapping);
 
+/* Is its port taken by itself, and not by a mapping or the configuration? A permit owns none. */
+static inline bool nat_session_owns_port(const struct nat_session *s)
+{
+	return (s->flags & (NAT_RECORD_UNDER_MAPPING | NAT_RECORD_STATIC)) == 0 && s->inside.zero[0] == 0;
+}
+
 /* Indexes again what the table already holds for this worker. */
 void nat_session_adopt(struct nat_engine *e);
+
+/* Counts the sessions of addresses that the policy in force has and `old` had not (recount.c). */
+void nat_notes_recount(struct nat_engine *e, const struct nat_policy *old);
 
 /* The record's time-out is now that of `timer`, counted from its last packet. */
 void nat_session_set_timer(struct nat_engine *e, uint32_t record, enum nat_timer timer);

@@ -98,11 +98,6 @@ static struct nat_tuple permit_key(const struct nat_tuple *inside, uint32_t remo
 	return key;
 }
 
-static bool owns_port(const struct nat_session *s)
-{
-	return (s->flags & (NAT_RECORD_UNDER_MAPPING | NAT_RECORD_STATIC)) == 0 && s->inside.zero[0] == 0;
-}
-
 static uint32_t find_permit(struct nat_engine *e, const struct nat_tuple *inside, uint32_t remote_be)
 {
 	const struct nat_tuple key = permit_key(inside, remote_be);
@@ -202,7 +197,7 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	/* From here on the record counts, also for a process that comes after this one. */
 	atomic_signal_fence(memory_order_release);
 	*(volatile uint8_t *)&s->timer = want->timer;
-	if (owns_port(s))
+	if (nat_session_owns_port(s))
 		nat_block_count(e, s, true);
 	if (NAT_UNLIKELY(e->log) && e->trial == NAT_TRIAL_NONE && !(s->state & NAT_STATE_FOREIGN))
 		nat_event_begins(e, s);
@@ -285,7 +280,7 @@ void nat_session_end(struct nat_engine *e, uint32_t record)
 		nat_port_release(e, &gone);
 	if (NAT_UNLIKELY(e->log) && (gone.flags & NAT_RECORD_LOGGED) && !(gone.state & NAT_STATE_FOREIGN))
 		nat_event_ends(e, &gone);
-	if (owns_port(&gone))
+	if (nat_session_owns_port(&gone))
 		nat_block_count(e, &gone, false);
 	e->counters.records--;
 	if (gone.flags & NAT_RECORD_MAPPING) {
@@ -437,7 +432,7 @@ static void adopt_record(struct nat_engine *e, uint32_t record, bool mappings)
 		s->timer = (uint8_t)nat_tcp_timer(s->state);
 	s->flags &= (uint8_t)~NAT_RECORD_TRACKED;
 	s->slot = NAT_OFF_WHEEL;
-	if (owns_port(s))
+	if (nat_session_owns_port(s))
 		nat_block_count(e, s, true);
 	if (is_mapping) {
 		count_mapping(e, s, 1);

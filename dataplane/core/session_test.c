@@ -91,6 +91,46 @@ static void test_restart(enum nat_mapping_kind mapping)
 	testbed_stop(&t, false);
 }
 
+static uint64_t on_address(const struct testbed *t, bool mappings)
+{
+	struct nat_address_view view;
+
+	assert(nat_engine_address(t->e, 0, &view));
+	return mappings ? view.mappings[NAT_TRAFFIC_UDP] : view.sessions;
+}
+
+/* Sessions on an address that no pool has, from before a restart or from a peer whose configuration was changed first. */
+static void test_sessions_on_an_address_that_comes_later_are_counted(enum nat_mapping_kind mapping)
+{
+	enum { BLOCK = 64 };
+	struct testbed t;
+	uint8_t bytes[28];
+	const bool maps = mapping == NAT_ENDPOINT_INDEPENDENT;
+
+	testbed_config(&t, 1, 2048, 2048 + 2 * BLOCK - 1, 8192);
+	t.pool.mapping = mapping;
+	t.pool.block_ports = BLOCK;
+	t.pool.blocks_per_host = 1;
+	testbed_start(&t, SECOND_NS);
+	testbed_udp(&t, bytes, 0, ADDRESS(100, 64, 0, 1), 4000, ADDRESS(198, 51, 100, 1), 443, SECOND_NS);
+	const uint16_t port = nat_read16(bytes + 20);
+	testbed_stop(&t, true);
+	t.range.first = t.range.last = ADDRESS(203, 0, 113, 2);
+	assert(testbed_start(&t, 2 * SECOND_NS) && live(&t) == 1);
+	t.range.first = t.range.last = ADDRESS(203, 0, 113, 1);
+	struct nat_policy *first = t.policy;
+	t.policy = nat_policy_init(testbed_memory(nat_policy_size(&t.config)), &t.config, first);
+	nat_engine_set_policy(t.e, t.policy);
+	free(first);
+	assert(on_address(&t, false) == 1 && on_address(&t, true) == maps);
+	testbed_udp(&t, bytes, 0, ADDRESS(100, 64, 0, 2), 4000, ADDRESS(198, 51, 100, 1), 443, 2 * SECOND_NS);
+	assert(nat_read16(bytes + 20) / BLOCK != port / BLOCK); /* a block has one host */
+	for (uint64_t s = 2; s < 500; s++)
+		nat_engine_tick(t.e, s * SECOND_NS);
+	assert(live(&t) == 0 && on_address(&t, false) == 0 && on_address(&t, true) == 0);
+	testbed_stop(&t, false);
+}
+
 static void test_a_strange_table_is_refused(void)
 {
 	bool adopted;
@@ -110,6 +150,8 @@ int main(void)
 	test_expiry();
 	test_restart(NAT_ENDPOINT_DEPENDENT);
 	test_restart(NAT_ENDPOINT_INDEPENDENT);
+	test_sessions_on_an_address_that_comes_later_are_counted(NAT_ENDPOINT_DEPENDENT);
+	test_sessions_on_an_address_that_comes_later_are_counted(NAT_ENDPOINT_INDEPENDENT);
 	test_a_strange_table_is_refused();
 	return 0;
 }
