@@ -21,6 +21,7 @@ Exit status: 0 built or up to date, 1 the build failed, 2 wrong usage, 3 the mac
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -194,7 +195,10 @@ def run_logged(
                     if stages and (match := stages.match(line)):
                         say(f"{time.monotonic() - start:5.0f} s  {match[1].strip()}")
             except BaseException:
+                # Left by a KeyboardInterrupt, `with` would not wait for mkosi to take down its mounts.
                 process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=60)
                 raise
     if process.returncode != 0:
         lines = "\n".join(f"    {line}" for line in tail)

@@ -118,7 +118,8 @@ def program(
 ) -> None:
     """Runs one of our own tools with its output in `log`; lines that start with `relay` are shown, too.
 
-    It is in a session of its own, so that a Ctrl-C reaches it once, from us, and it can clean up.
+    It is in a session of its own, so that a Ctrl-C reaches it and its children once, from us, and they can
+    clean up.
     """
     tail: deque[str] = deque(maxlen=15)
     with (
@@ -141,7 +142,7 @@ def program(
                 if relay and line.startswith(relay):
                     stages.say(line.rstrip())
         except BaseException:
-            process.send_signal(signal.SIGINT)
+            end_group(process)
             raise
     if process.returncode != expected:
         end = "\n".join(f"    {line}" for line in tail)
@@ -149,6 +150,18 @@ def program(
             f"`{shlex.join(argv)}` ended with status {process.returncode}; log: {shown(log)}:\n{end}",
             status=status,
         )
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """As a Ctrl-C would end it: make alone would leave the compilers behind. Comes back when all is over,
+    which leaving Popen's `with` by a KeyboardInterrupt does not: it waits for a quarter of a second.
+    """
+    for number, patience_s in ((signal.SIGINT, 90.0), (signal.SIGKILL, 10.0)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=patience_s)  # reads on, so that nobody waits for room in the pipe
+            return
 
 
 def take_lock(undo: ExitStack) -> None:
@@ -349,10 +362,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("demo: interrupted; everything it started has ended", file=sys.stderr)
         return INTERRUPTED
-    except (DemoError, LabError, BootError, NeedsError) as error:
+    except (DemoError, LabError, BootError, NeedsError, OSError, subprocess.SubprocessError) as error:
         if options.debug:
             raise
-        status = error.status if isinstance(error, DemoError) else STATUS[type(error)]
+        status = error.status if isinstance(error, DemoError) else STATUS.get(type(error), LAB_FAILED)
         print(f"demo: {error}\ndemo: status {status}; logs in {shown(LOGS)}", file=sys.stderr)
         return status
     return 0 if report.right else BROKEN_PROMISE

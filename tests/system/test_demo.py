@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -101,12 +102,32 @@ def test_a_second_demo_in_one_checkout_is_refused(
     assert "another demo runs in this checkout" in capsys.readouterr().err
 
 
-def test_a_build_ends_with_the_demo_that_started_it(tmp_path: Path) -> None:
-    pid_file = tmp_path / "pid"
+def test_a_disk_that_fills_up_on_the_way_is_a_sentence_and_not_a_broken_promise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(demo, "check_needs", lambda: None)
+    monkeypatch.setattr(demo, "LOCK", tmp_path / "demo.lock")
+    monkeypatch.setattr(demo, "LOGS", tmp_path / "demo")
+    monkeypatch.setattr(demo, "demo", full)
+    assert demo.main([]) == demo.LAB_FAILED
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_build_ends_with_the_demo_that_started_it_and_so_does_what_the_build_started(
+    tmp_path: Path,
+) -> None:
+    pid_file, cleaned = tmp_path / "pid", tmp_path / "cleaned"
+    child = tmp_path / "child.sh"  # takes its time to clean up
+    child.write_text(
+        f"trap 'sleep 1; echo yes > {cleaned}; exit 1' INT; echo $$ > {pid_file}; while :; do sleep 1; done"
+    )
     script = (
         "import pathlib, signal; from tests.system import demo\n"
         "signal.signal(signal.SIGTERM, demo.interrupt)\n"
-        f"build = ['sh', '-c', 'echo $$ > {pid_file}; exec sleep 100']\n"
+        f"build = ['sh', '-c', 'sh {child}; echo end']\n"
         f"demo.program(build, pathlib.Path('{tmp_path}/log'), status=4, stages=demo.Stages(total=1))\n"
     )
     argv = [sys.executable, "-c", script]
@@ -114,4 +135,5 @@ def test_a_build_ends_with_the_demo_that_started_it(tmp_path: Path) -> None:
         text = wait_until("the build to start", lambda: pid_file.exists() and pid_file.read_text().strip())
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) != 0
+    assert cleaned.exists()
     assert not Path("/proc", str(text)).exists()
