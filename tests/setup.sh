@@ -25,7 +25,7 @@ packages=(
 	# collectors of the NAT log and of the figures
 	nfdump pmacct rsyslog prometheus
 	# the measurements
-	valgrind util-linux
+	valgrind util-linux dpdk-dev
 )
 services=(nginx:nginx keepalived:keepalived bird2:bird openssh-server:ssh nfdump:nfdump pmacct:nfacctd pmacct:pmacctd rsyslog:rsyslog
 	prometheus:prometheus) # package:unit, for packages that bring a service

@@ -20,7 +20,6 @@ goal is judged by the latter. Exit status: 0 measured, 1 not.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,13 +30,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.run import store
 from tests.gateway import Gateway, config, interfaces, new_gateway
 from tests.lab import Program, new_lab, wait_until
 from tests.traffic import SERVER
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / ".build/engine"
-OUT = ROOT / ".build/bench"
 QUEUE = "27400"
 FLOWS = "64"
 GOAL = 0.85  # of the accept-everything rate
@@ -166,8 +165,7 @@ def main() -> int:
         print(
             f"  dsnatd does {ratio:.2f} of the packets of {floor} in the same time (goal {GOAL}: {verdict})"
         )
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "queue.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    store("queue.", rows)
     return 0
 
 

@@ -38,7 +38,7 @@ class BenchError(Exception):
 
 def run_program(*arguments: str, program: Path = PROGRAM) -> list[Row]:
     argv = [*machine.alone(), str(program), *arguments]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode:
         raise BenchError(f"{' '.join(argv)}: exit status {done.returncode}: {done.stderr.strip()}")
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -194,13 +194,15 @@ def peer_rows() -> list[Row]:
 
 
 def draw(rows: list[Row]) -> str:
-    def ours(what: str) -> list[tuple[float, float]]:
+    def measured(what: str) -> list[tuple[float, float]]:
         return [(row["sessions"], row["cycles_min"]) for row in rows if row["what"] == what]
 
     lines = [
-        picture.Line("ours, inside to outside", ours("core.inside_to_outside.udp")),
-        picture.Line("ours, outside to inside", ours("core.outside_to_inside.udp")),
-        picture.Line("ours, new session", ours("core.new_session.udp")),
+        picture.Line("ours, inside to outside", measured("core.inside_to_outside.udp")),
+        picture.Line("ours, outside to inside", measured("core.outside_to_inside.udp")),
+        picture.Line("ours, new session", measured("core.new_session.udp")),
+        picture.Line("dsnatd on net_null, I/O included", measured("ports.null.dsnatd")),
+        picture.Line("kernel SNAT, this machine", measured("kernel.snat")),
     ]
     for peer in peers.PEERS:
         if peer.what != "core.outside_to_inside.udp":
@@ -209,10 +211,25 @@ def draw(rows: list[Row]) -> str:
             lines.append(picture.Line(name, points, dashed=True))
     return picture.draw(
         "TSC cycles per 64-byte packet, one core, UDP (* measured elsewhere)",
-        lines,
+        [line for line in lines if line.points],
         "sessions",
         "cycles, minimum",
     )
+
+
+def stored(what: str = "") -> list[Row]:
+    """Of the last run, all rows or those of one measurement."""
+    path = OUT / "bench.json"
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    return [row for row in rows if what in ("", row["what"])]
+
+
+def store(prefix: str, rows: list[Row]) -> None:
+    """Puts rows in place of those whose name begins so (all of them: ""), and draws the picture again."""
+    kept = [row for row in stored() if prefix and not row["what"].startswith(prefix)]
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / "bench.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in kept + rows) + "\n]\n")
+    (OUT / "cycles.svg").write_text(draw(kept + rows))
 
 
 def main() -> int:
@@ -264,10 +281,7 @@ def main() -> int:
         f"\nfrom receive to transmit call, best window (p99.9 of a busy machine is its scheduler's)\n"
         f"{others_table(by_key)}"
     )
-    OUT.mkdir(parents=True, exist_ok=True)
-    bench = [{**facts.row(), "busy_share": round(busy, 2)}, *rows, *peer_rows()]
-    (OUT / "bench.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in bench) + "\n]\n")
-    (OUT / "cycles.svg").write_text(draw(rows))
+    store("", [{**facts.row(), "busy_share": round(busy, 2)}, *rows, *peer_rows()])
     print(f"\nwritten: {OUT / 'bench.json'}, {OUT / 'cycles.svg'}")
     return 0
 

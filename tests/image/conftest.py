@@ -54,13 +54,13 @@ zones:
 NETWORK = "[Match]\nName={}\n\n[Network]\nConfigureWithoutCarrier=yes\nLinkLocalAddressing=no\nAddress={}\n"
 
 
-def configure(gateway: Gateway) -> None:
+def configure(gateway: Gateway, text: str = CONFIG) -> None:
     """By hand here; that the fleet tool does it is the demo's and the fleet's own test."""
     folder = "/var/lib/dsnat/generations/1"
     inside = NETWORK.format("inside0", "100.64.0.2/24")
     outside = NETWORK.format("outside0", "198.51.100.2/24")
     gateway(
-        f"mkdir -p {folder}/network && cat > {folder}/dsnatd.yaml <<'X'\n{CONFIG}X\n"
+        f"mkdir -p {folder}/network && cat > {folder}/dsnatd.yaml <<'X'\n{text}X\n"
         f"cat > {folder}/network/20-inside0.network <<'X'\n{inside}X\n"
         f"cat > {folder}/network/21-outside0.network <<'X'\n{outside}X\n"
         "ln -sfn 1 /var/lib/dsnat/generations/current "

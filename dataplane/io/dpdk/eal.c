@@ -181,6 +181,8 @@ static void vdev(struct arguments *a, const char *device, uint16_t mtu_bytes, ui
 			snprintf(more + used, sizeof more - used, ",qpairs=%u", n_workers);
 	}
 	argument(a, "--vdev=%s%s", device, more);
+	if (!strncmp(device, "net_memif", strlen("net_memif")) && strstr(device, "zero-copy=yes"))
+		argument(a, "--single-file-segments"); /* the peer maps our buffers, by one descriptor */
 }
 
 /* True: a PCI device. */
