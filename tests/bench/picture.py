@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 900, 540
 LEFT, RIGHT, TOP, BOTTOM = 80, 250, 50, 60
-COLOURS = ("#0b6e4f", "#1f6feb", "#b35900", "#8250df", "#cf222e", "#57606a")
+COLOURS = ("#0b6e4f", "#1f6feb", "#b35900", "#8250df", "#cf222e", "#57606a", "#9a6700", "#116329")
 
 
 @dataclass(frozen=True)

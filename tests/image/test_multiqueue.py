@@ -1,7 +1,7 @@
 """The booted image on NICs with several queues, whose RSS the engine follows (--scenarios).
 
-virtio with RSS, on TAP devices of as many queues: QEMU hashes with the key and the table that the engine wrote. What is handed
-over, and why, is in the engine's own counters; each cause has its own traffic here.
+virtio with RSS, on TAP devices of as many queues: QEMU hashes with the key and the table that the engine
+wrote. What is handed over, and why, is in the engine's own counters; each cause has its own traffic here.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def follows_rss(gateway: Gateway) -> None:
         seen["hairpin"] = added(gateway, lambda: hairpin(gateway))
         seen["kept pool"] = added(gateway, lambda: open_flows(socket.SOCK_DGRAM, KEPT))
         seen["borrowed"] = added(gateway, lambda: open_flows(socket.SOCK_DGRAM, BORROWER))
-        # With another number of workers: sessions of this run again go straight, those of the last one do not.
+        # With another number of workers: sessions of the last run do not go straight, those of this one do.
         gateway(f"cat > /etc/dsnat/dsnatd.yaml <<'X'\n{text(2)}X\nsystemctl restart dsnatd", timeout_s=600)
         translates(gateway.client)
         seen["after a restart with 2 workers"] = added(gateway, lambda: talk(made[: 2 * FLOWS], "still"))
