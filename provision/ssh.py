@@ -13,6 +13,7 @@ to one thread, the socket is ours (keepalive, TCP_USER_TIMEOUT), and each wait e
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import shlex
 import socket
@@ -27,6 +28,10 @@ import paramiko
 from paramiko.ssh_exception import IncompatiblePeer
 
 from provision.model import Fleet, milliseconds
+
+# paramiko's threads log what they also raise, and without a handler Python prints it, traceback and all: over
+# a thousand lines while a gateway restarts. We say it in a sentence.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 OUTPUT_MAX = 64 << 20
 TRIES = 4  # of a connection that failed before anybody logged in

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -164,6 +166,12 @@ def test_a_server_that_says_nothing_is_given_up_in_time(serve: Serve, connect: C
         connect(serve(greet=greet), timeout_s=0.5)
     assert time.monotonic() - begun < 5
     silent.set()
+
+
+def test_what_paramikos_threads_log_is_not_printed_besides() -> None:
+    script = "import logging, provision.ssh; logging.getLogger('paramiko.transport').error('a traceback')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_nobody_at_the_address_is_unreachable(identity: Path) -> None:
