@@ -516,6 +516,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"image: {error}", file=sys.stderr)
         return error.status if isinstance(error, BuildError) else EXIT_NEEDS
+    except (OSError, subprocess.SubprocessError) as error:  # a disk that fills up on the way
+        if options.debug:
+            raise
+        print(f"image: {error}", file=sys.stderr)
+        return EXIT_FAILED
     return 0
 
 

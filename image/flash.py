@@ -439,6 +439,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"flash: {error}", file=sys.stderr)
         return error.status
+    except (OSError, subprocess.SubprocessError) as error:
+        if options.debug:
+            raise
+        print(f"flash: {error}; the disk may not boot now, mend this and run it again", file=sys.stderr)
+        return EXIT_FAILED
     return 0
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from image import build
+from tests.lab import wait_until
 
 
 @pytest.fixture
@@ -86,6 +91,32 @@ def test_a_failed_command_shows_its_last_twenty_lines_and_the_log(tmp_path: Path
     assert "line 81\n" in text
     assert "line 80\n" not in text
     assert "line 1\n" in log.read_text()
+
+
+def test_an_interrupted_build_waits_until_its_tool_has_cleaned_up(tmp_path: Path) -> None:
+    begun, cleaned = tmp_path / "begun", tmp_path / "cleaned"
+    tool = f"trap 'sleep 1; echo > {cleaned}; exit 1' TERM; echo > {begun}; while :; do sleep 0.1; done"
+    script = (
+        "import pathlib; from image.build import run_logged\n"
+        f"run_logged(['sh', '-c', {tool!r}], pathlib.Path('{tmp_path}/log'), what='mkosi')\n"
+    )
+    argv = [sys.executable, "-c", script]
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL, cwd=build.ROOT) as process:
+        wait_until("the tool to start", begun.exists)
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    assert cleaned.exists()
+
+
+def test_a_disk_that_fills_up_on_the_way_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "build", full)
+    assert build.main([]) == build.EXIT_FAILED
+    assert capsys.readouterr().err == "image: [Errno 28] No space left on device\n"
 
 
 def test_missing_tools_are_named_with_the_command_that_installs_them(
