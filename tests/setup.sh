@@ -6,8 +6,9 @@
 # tree with mkosi; needs root, without it only the image cannot be built). Nothing else on the machine changes: services
 # of packages that were not there before are neither started now nor at the next boot.
 #
-# Exit status: 0 done, or nothing to do; 1 a step failed (its last lines are shown); 3 packages are missing and we are
-# not root (the one line to run is printed); 4 not enough disk space; 5 not a Debian that we know how to set up.
+# Exit status: 0 done, or nothing to do; 1 a step failed (its last lines are shown), or .build is somebody else's; 3
+# packages are missing and we are not root (the one line to run is printed); 4 not enough disk space; 5 not a Debian
+# that we know how to set up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -83,8 +84,14 @@ make_venv() {
 [ -x /usr/bin/dpkg-query ] || die 5 "this is not a Debian system; run it on Debian 12 or 13"
 if [ ! -d .build ]; then enough_space . "$tree_needs_mib" "building the gateway"; fi
 mkdir -p .build
+if [ ! -w .build ] || { [ -e .build/setup.lock ] && [ ! -w .build/setup.lock ]; }; then
+	die 1 ".build is $(stat -c %U .build)'s and you are $(id -un); run as $(stat -c %U .build), or begin anew with: sudo rm -rf .build .venv"
+fi
 exec 9>.build/setup.lock
-flock 9 # two makes at once: the second finds everything done
+if ! flock -n 9; then # two makes at once: the second finds everything done
+	say "waits for another set-up of this checkout to end"
+	flock 9
+fi
 
 mapfile -t missing < <(missing_packages)
 if [ "${#missing[@]}" -gt 0 ]; then

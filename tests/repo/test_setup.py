@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -48,6 +49,32 @@ def test_too_little_disk_space_is_noticed_before_anything_is_installed(clone: Pa
     assert done.returncode == 4
     assert "120 MiB free" in done.stderr
     assert "called" not in done.stderr
+
+
+def test_what_root_has_built_is_not_a_riddle_to_who_comes_after(clone: Path) -> None:
+    lock = clone / ".build/setup.lock"
+    lock.parent.mkdir()
+    lock.touch()
+    lock.chmod(0o444)
+    argv = [str(clone / "tests/setup.sh")]
+    if not os.geteuid():  # a root who may not write what its mode forbids
+        argv = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *argv]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "run as " in done.stderr
+
+
+def test_a_second_set_up_says_that_it_waits_for_the_first(clone: Path) -> None:
+    (clone / ".build").mkdir()
+    with (clone / ".build/setup.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        argv = [str(clone / "tests/setup.sh")]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                assert "waits for another set-up" in process.stdout.readline()
+            finally:
+                process.kill()
 
 
 def test_services_may_not_start_while_packages_are_installed_and_a_failing_apt_is_shown(clone: Path) -> None:
