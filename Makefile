@@ -49,7 +49,7 @@ prove: setup ## machine-checked proofs: checksum, port sets, index; says what an
 	@$(PYTHON) -m tests.prove
 
 bench: build ## what a packet costs, beside the peers: .build/bench/bench.json and cycles.svg
-	@status=0; for part in run ports kernel queue; do $(PYTHON) -m tests.bench.$$part || status=1; done; exit $$status
+	@$(PYTHON) -m tests.bench.all
 
 bench-gate: build ## red when the work tree is slower than BASE=commit (default: where it left origin/main)
 	@$(PYTHON) -m tests.bench.gate $(BASE)

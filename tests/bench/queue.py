@@ -105,8 +105,8 @@ def nft(gateway: Gateway) -> Iterator[Program | None]:
     rules = gateway.space.run("nft", "list", "table", "ip", "dsnat")
     file = gateway.file.with_name("snat.nft")
     file.write_text(SNAT)
-    gateway.space.run("nft", "delete", "table", "ip", "dsnat")
-    gateway.space.run("nft", "-f", str(file))
+    gateway.space.run("nft", "delete", "table", "ip", "dsnat", timeout_s=300)
+    gateway.space.run("nft", "-f", str(file), timeout_s=300)  # others' conntracks may be cleared just now
     yield None
     gateway.space.run("nft", "delete", "table", "ip", "bench")
     assert "dsnat" in rules  # the next dsnatd brings them back
