@@ -76,7 +76,7 @@ static bool on_port_view(void *context, uint32_t i, struct request_port *view)
 		port_view(&d->ports.port[i], view);
 		return true;
 	}
-	return d->queue && queue_view(d->queue, d->route, i - d->ports.n, view);
+	return d->queues && queue_view(d->queues, d->route, i - d->ports.n, view);
 }
 
 static bool on_collector(void *context, uint32_t i, struct request_collector *view)
@@ -121,7 +121,7 @@ static bool on_apply(void *context, struct config *next, char *why, size_t why_b
 		snprintf(why, why_bytes, "no memory for the new configuration; the old one stays");
 		return false;
 	}
-	if (d->queue && nft_update(&next->nat, why, why_bytes)) {
+	if (d->queues && nft_update(&next->nat, why, why_bytes)) {
 		plan->config = NULL; /* still the caller's */
 		daemon_plan_free(plan);
 		return false;

@@ -68,11 +68,11 @@ struct daemon {
 	struct twins twins;
 	struct worker *workers;
 	uint32_t n_workers;
-	struct queue *queue; /* NULL: no interface on the queue path; else worker 0's */
+	struct queue *queues; /* one of each worker; NULL: no interface on the queue path */
+	uint32_t n_queues, n_queue_threads;
 	struct nft_watch rules_watch;
-	bool rules_changed;     /* by somebody else: to be put in place again at the next tick */
-	pthread_t queue_thread; /* only without DPDK ports */
-	bool queue_runs;
+	bool rules_changed; /* by somebody else: to be put in place again at the next tick */
+	pthread_t queue_thread[NAT_WORKERS_MAX]; /* only without DPDK ports */
 	struct memory sessions, *engine_memory;
 	struct crew crew;
 	struct nat_table *table;

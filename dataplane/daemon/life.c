@@ -57,27 +57,35 @@ static enum status open_devices(struct daemon *d)
 	return STOPPED;
 }
 
-/* The queue comes first, so that a second daemon by mistake does not touch the rules of the first; and nothing
+/* The queues come first, so that a second daemon by mistake does not touch the rules of the first; and nothing
  * is forwarded before the rules stand, because it is the worker that turns forwarding on. */
-static enum status open_queue(struct daemon *d)
+static enum status open_queues(struct daemon *d)
 {
 	const struct nat_config *config = &d->plan->config->nat;
-	struct queue_params params = {.thread = &d->workers[0].thread,
-				      .interfaces = d->interfaces,
-				      .n_interfaces = config->n_interfaces,
-				      .held_max = config->limits.fragments,
-				      .send = d->eal ? worker_send : NULL,
-				      .context = &d->workers[0]};
 	char why[512];
 
 	if (!nft_wanted(config))
 		return STOPPED;
-	if (!(d->queue = calloc(1, sizeof *d->queue)))
+	if (!(d->queues = calloc(d->n_workers, sizeof *d->queues)))
 		return daemon_fail(NO_MEMORY, "no memory for the queue path");
-	if (queue_open(d->queue, &params, why, sizeof why) || nft_install(config, why, sizeof why))
-		return daemon_fail(NO_DEVICE, why);
-	d->workers[0].queue = d->queue;
-	return STOPPED;
+	for (uint32_t w = 0; w < d->n_workers; w++) {
+		struct queue_params params = {.thread = &d->workers[w].thread,
+					      .peers = d->queues,
+					      .n_peers = d->n_workers,
+					      .interfaces = d->interfaces,
+					      .n_interfaces = config->n_interfaces,
+					      .held_max = config->limits.fragments,
+					      .send = d->eal ? worker_send : NULL,
+					      .context = &d->workers[w]};
+
+		d->n_queues++;
+		if (queue_open(&d->queues[w], &params, why, sizeof why))
+			return daemon_fail(NO_DEVICE, why);
+		d->workers[w].queue = &d->queues[w];
+		if (!d->eal)
+			d->workers[w].inbox = d->queues[w].inbox;
+	}
+	return nft_install(config, why, sizeof why) ? daemon_fail(NO_DEVICE, why) : STOPPED;
 }
 
 /* How much all of it is, and what would fit instead. */
@@ -271,7 +279,7 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 		if ((status = open_worker(d, w, seed)))
 			return status;
 	d->moment_ns[START_ENGINES] = thread_clock_ns();
-	if ((status = open_queue(d)) || (status = open_control(d)))
+	if ((status = open_queues(d)) || (status = open_control(d)))
 		return status;
 	for (uint32_t i = 0; i < d->ports.n; i++)
 		if (d->ports.port[i].up)
@@ -281,11 +289,10 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 	for (uint32_t w = 0; w < d->n_workers && d->eal; w++)
 		if (rte_eal_remote_launch(worker_run, &d->workers[w], w + 1))
 			return daemon_fail(FAILED, "a worker does not start");
-	if (d->queue && !d->eal) {
-		if (pthread_create(&d->queue_thread, NULL, queue_run, d->queue))
+	for (; !d->eal && d->n_queue_threads < d->n_queues; d->n_queue_threads++)
+		if (pthread_create(&d->queue_thread[d->n_queue_threads], NULL, queue_run,
+				   &d->queues[d->n_queue_threads]))
 			return daemon_fail(FAILED, "a worker does not start");
-		d->queue_runs = true;
-	}
 	if ((status = open_sync(d)))
 		return status;
 	standing_open(&d->standing, d->options.socket, is_usual(d));
@@ -313,11 +320,11 @@ static void stop(struct daemon *d)
 		twins_stop(&d->twins);
 		ports_close(&d->ports);
 	}
-	if (d->queue_runs)
-		pthread_join(d->queue_thread, NULL);
-	if (d->queue)
-		queue_close(d->queue);
-	free(d->queue);
+	for (uint32_t w = 0; w < d->n_queue_threads; w++)
+		pthread_join(d->queue_thread[w], NULL);
+	for (uint32_t w = 0; w < d->n_queues; w++)
+		queue_close(&d->queues[w]);
+	free(d->queues);
 	nft_watch_close(&d->rules_watch);
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		atomic_store(&d->workers[w].thread.passed, UINT64_MAX);

@@ -136,7 +136,7 @@ static void rules_mend(struct daemon *d)
 	if (!d->rules_changed)
 		return;
 	d->rules_changed = false;
-	if ((d->queue && nft_install(config, why, sizeof why)) ||
+	if ((d->queues && nft_install(config, why, sizeof why)) ||
 	    (d->eal && guards_install(config, why, sizeof why))) {
 		daemon_say(why);
 		d->rules_changed = true;

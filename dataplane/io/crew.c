@@ -9,14 +9,6 @@
 
 #define AUTO_MAX 8u
 
-static bool has_ports(const struct nat_config *config)
-{
-	for (uint32_t i = 0; i < config->n_interfaces; i++)
-		if (config->interfaces[i].path == NAT_PATH_DPDK)
-			return true;
-	return false;
-}
-
 static uint32_t automatic(void)
 {
 	uint32_t n = eal_isolated_cores();
@@ -31,14 +23,7 @@ static uint32_t automatic(void)
 
 uint32_t crew_size(const struct nat_config *config)
 {
-	if (has_ports(config))
-		return config->workers ? config->workers : automatic();
-	if (config->workers > 1)
-		fprintf(stderr,
-			"dsnatd: engine.workers: %u is taken as 1: without an interface on the DPDK path one "
-			"worker serves the queue\n",
-			config->workers);
-	return 1;
+	return config->workers ? config->workers : automatic();
 }
 
 uint64_t crew_share(const struct nat_config *config, const struct nat_policy *policy, uint32_t worker)
@@ -61,7 +46,7 @@ bool crew_open(struct crew *crew, const struct nat_config *config, const struct 
 		return true;
 	for (unsigned outside = 0; outside < 2; outside++) {
 		follow[outside] = ports_rss(ports, n, outside, &rss[outside], why, sizeof why);
-		if (!follow[outside])
+		if (!follow[outside] && ports->n) /* the kernel's queues have their own rule */
 			fprintf(stderr,
 				"dsnatd: %s; packets are handed over between workers, which costs speed\n",
 				why);

@@ -37,10 +37,14 @@ void thread_close(struct thread *t)
 	t->wake_fd = -1;
 }
 
-/* Another thread could not deliver what this worker had passed: NAT_PASS turns into a drop, here, by the
+/* Another thread could not deliver what this worker had passed or forwarded: that turns into a drop, here, by the
  * owner. */
 static void count_back(struct thread *t)
 {
+	struct nat_pkt forwarded = {.verdict = NAT_FORWARD, .reason = NAT_REASON_OK};
+
+	for (uint32_t n = atomic_exchange(&t->lost_forwards, 0); n > 0; n--)
+		nat_engine_undo(t->engine, &forwarded, NAT_REASON_LINK_DOWN);
 	for (uint32_t reason = 0; reason < NAT_REASON_COUNT; reason++) {
 		uint32_t n = atomic_load_explicit(&t->lost[reason], memory_order_relaxed);
 

@@ -32,6 +32,11 @@ struct thread_job {
 	sem_t done;
 };
 
+struct handed { /* packets for another worker, given over together at the end of a burst */
+	uint32_t n;
+	struct nat_pkt pkt[NAT_BURST_MAX]; /* the cookie is a frame, or a slot of a netfilter queue */
+};
+
 struct thread {
 	/* the worker's own */
 	_Alignas(64) struct nat_engine *engine;
@@ -51,6 +56,8 @@ struct thread {
 	/* packets that were passed to the kernel and then lost by another thread: the worker counts them back
 	 */
 	_Atomic uint32_t lost[NAT_REASON_COUNT];
+	/* packets that were forwarded, and that the kernel then had no use for, as another worker heard */
+	_Atomic uint32_t lost_forwards;
 	/* who spoke for a pool address of ours (rival.c); 0: nobody */
 	_Atomic uint64_t rival_mac;
 	_Atomic uint32_t rival_address_be;

@@ -234,3 +234,44 @@ def test_a_second_engine_in_the_same_namespace_is_refused_with_status_3(gateway:
     run(["rm", "-f", f"{gateway.socket}-2"])
     assert " 3 received" in ping(gateway.client, SERVER), "the first one was disturbed"
     assert "put in place again" not in gateway.daemon.text()
+
+
+def test_three_workers_have_three_queues_and_hand_over_what_is_not_theirs(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    text = config(interfaces=interfaces("nfqueue"), workers=3)
+    gateway = new_gateway(lab, program("dsnatd"), text, path="nfqueue")
+    hosts = [f"100.64.0.{host}" for host in range(20, 40)]
+    for host in hosts:
+        gateway.client.ip(f"address add {host}/24 dev eth0")
+    wait_until("the routes", lambda: " 3 received" in ping(gateway.client, SERVER))
+    before = gateway.drops()
+    for host in hosts:
+        assert " 3 received" in ping(gateway.client, SERVER, "-I", host)
+    # fragments come together at one worker, whichever queues they came by; errors find their session
+    assert " 3 received" in ping(gateway.client, SERVER, "-s", "4000", "-M", "dont")
+    with pytest.raises(ConnectionRefusedError):
+        gateway.client.inside(refused)
+    listing = gateway.space.run("cat", "/proc/net/netfilter/nfnetlink_queue").splitlines()
+    packets = {int(line.split()[0]): int(line.split()[7]) for line in listing}
+    assert sorted(packets) == [27400, 27401, 27402]
+    assert all(packets.values()), f"the kernel uses not every queue: {packets}"
+
+    def exact() -> bool:
+        counters = gateway.counters()
+        moved = counters["handed_over"] == counters["taken_over"] > 0
+        settled = counters["forwarded"] + counters["passed"] + sum(before.values())
+        return moved and bool(counters["received"] == settled)
+
+    wait_until("every packet to be where it belongs", exact)
+    assert set(gateway.counters()["handed_over_by_cause"]) >= {"queue", "fragment", "icmp"}
+    assert gateway.drops() == before
+    gateway.close()
+
+
+def refused() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(10)
+        client.connect((SERVER, 9))
+        client.send(b"to nobody")
+        client.recv(10)

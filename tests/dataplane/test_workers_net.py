@@ -24,7 +24,11 @@ pytestmark = pytest.mark.net
 FLOWS = 60
 
 
-@pytest.fixture(params=[("dpdk", 3), ("dpdk", 2), ("kernel-inside", 3), ("kernel-outside", 3)])
+CREWS = [("dpdk", 3), ("dpdk", 2), ("kernel-inside", 3), ("kernel-outside", 3)]
+CREWS += [("nfqueue", workers) for workers in (1, 2, 3)]
+
+
+@pytest.fixture(params=CREWS, ids=[f"{path}-{workers}" for path, workers in CREWS])
 def gateway(lab: Lab, program: Callable[[str], Path], request: pytest.FixtureRequest) -> Iterator[Gateway]:
     path, workers = request.param
     text = config(interfaces=interfaces(path), workers=workers)

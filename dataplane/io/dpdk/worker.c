@@ -7,7 +7,7 @@
  *     nat_engine_next() --> settle() as well                               +-- handover: the owner's inbox
  *     inbox of others' handovers --> nat_engine_run()
  *     frames of the kernel (worker 0) --> tx burst
- *     netfilter queue, in a hybrid (worker 0) --> nat_engine_run() --> verdict, or a copy to a tx burst
+ *     netfilter queue, in a hybrid --> nat_engine_run() --> verdict, or a copy to a tx burst
  *
  * A next hop on an interface that the kernel owns (NAT_HOP_KERNEL) is reached through dsnat0.
  *
@@ -48,6 +48,7 @@
 #define SLEEP_MIN_US  20u
 #define SLEEP_MAX_US  1000u
 #define TICK_NS       1000000u
+#define QUEUE_NS      20000u      /* how often a busy worker looks at its netfilter queue */
 #define WAIT_NS       1000000000u /* how long a packet waits for a neighbour */
 #define WAIT_ASK_NS   200000000u  /* how often the kernel is asked again */
 #define WAIT_LOOK_NS  50000000u
@@ -553,11 +554,16 @@ static uint32_t from_kernel(struct worker *w)
 	return n;
 }
 
-static uint32_t receive_queue(struct worker *w, uint64_t now_ns)
+/* To look costs a system call, so while there are frames it is done less often. */
+static uint32_t receive_queue(struct worker *w, bool has_frames, uint64_t now_ns)
 {
 	struct nat_pkt pkt[QUEUE_BURST];
-	uint32_t n = w->queue ? queue_receive(w->queue, pkt, now_ns) : 0;
+	uint32_t n;
 
+	if (!w->queue || (has_frames && now_ns - w->queue_ns < QUEUE_NS))
+		return 0;
+	w->queue_ns = now_ns;
+	n = queue_receive(w->queue, pkt, now_ns);
 	if (n)
 		translate(w, pkt, n, now_ns);
 	return n;
@@ -574,7 +580,7 @@ static uint32_t round_of(struct worker *w, uint64_t now_ns)
 		n += receive(w, &w->ports->port[i], now_ns);
 	n += take_over(w, now_ns);
 	n += from_kernel(w);
-	n += receive_queue(w, now_ns);
+	n += receive_queue(w, n > 0, now_ns);
 	if (now_ns - w->run_ns >= TICK_NS) {
 		nat_engine_tick(w->thread.engine, now_ns);
 		w->run_ns = now_ns;

@@ -18,11 +18,6 @@ struct out { /* frames for one port, sent together at the end of a burst */
 	const struct nat_pkt *pkt[NAT_BURST_MAX]; /* NULL: the kernel's own frame */
 };
 
-struct handed { /* packets for another worker, given over together at the end of a burst */
-	uint32_t n;
-	struct nat_pkt pkt[NAT_BURST_MAX]; /* the cookie is a frame */
-};
-
 struct wait { /* packets for a next hop whose MAC address is not known yet */
 	uint64_t until_ns, ask_ns;
 	uint32_t next_hop_be;
@@ -41,8 +36,8 @@ struct worker {
 	struct rte_ring *inbox; /* from other workers */
 	bool passed_something;
 	uint32_t n_waits, neighbour_generation;
-	uint64_t run_ns, waits_ns; /* when the engine last ran, and when waits were last looked at */
-	int interrupt_fd;          /* epoll of all receive interrupts; -1: no port has them */
+	uint64_t run_ns, waits_ns, queue_ns; /* when the engine last ran, and what was last looked at */
+	int interrupt_fd;                    /* epoll of all receive interrupts; -1: no port has them */
 	struct out out[NAT_INTERFACES_MAX];
 	struct handed *handed; /* by worker */
 	struct wait wait[WORKER_WAITS];

@@ -148,8 +148,10 @@ static void put_table(FILE *to, const struct nat_config *config, bool with_queue
 	put_interfaces(to, config, "outside", ANY_OUTSIDE);
 	put_interfaces(to, config, "twins", TWINS);
 	fputs("  chain " CHAIN " {\n", to);
-	if (with_queue)
+	if (with_queue && config->n_workers == 1)
 		fprintf(to, "    queue num %u\n", QUEUE_FIRST);
+	else if (with_queue)
+		fprintf(to, "    queue num %u-%u\n", QUEUE_FIRST, QUEUE_FIRST + config->n_workers - 1);
 	fputs("    counter drop comment \"no queue: nothing leaves untranslated\"\n  }\n"
 	      "  chain replies {\n"
 	      "    type filter hook prerouting priority -450; policy accept;\n"
@@ -223,10 +225,10 @@ static struct nlmsghdr *batch_mark(char *at, uint16_t type)
 	return message;
 }
 
-/* The rule "-j NFQUEUE --queue-num N" in front of the chain's drop. */
-static struct nlmsghdr *xtables_rule(char *at)
+/* The rule "-j NFQUEUE --queue-balance N:M" in front of the chain's drop. */
+static struct nlmsghdr *xtables_rule(char *at, uint16_t n_queues)
 {
-	const struct xt_NFQ_info_v3 target = {.queuenum = QUEUE_FIRST, .queues_total = 1};
+	const struct xt_NFQ_info_v3 target = {.queuenum = QUEUE_FIRST, .queues_total = n_queues};
 	char padded[8] = {0}; /* xtables rounds sizes up to 8 */
 	struct nlmsghdr *message = mnl_nlmsg_put_header(at);
 	struct nfgenmsg *info = mnl_nlmsg_put_extra_header(message, sizeof *info);
@@ -253,7 +255,7 @@ static struct nlmsghdr *xtables_rule(char *at)
 	return message;
 }
 
-static int add_xtables_rule(void)
+static int add_xtables_rule(uint16_t n_queues)
 {
 	char buffer[4096];
 	struct mnl_socket *s = mnl_socket_open2(NETLINK_NETFILTER, SOCK_CLOEXEC);
@@ -265,7 +267,7 @@ static int add_xtables_rule(void)
 		status = -errno;
 	if (!status) {
 		bytes += batch_mark(buffer, NFNL_MSG_BATCH_BEGIN)->nlmsg_len;
-		bytes += xtables_rule(buffer + bytes)->nlmsg_len;
+		bytes += xtables_rule(buffer + bytes, n_queues)->nlmsg_len;
 		bytes += batch_mark(buffer + bytes, NFNL_MSG_BATCH_END)->nlmsg_len;
 		if (mnl_socket_sendto(s, buffer, bytes) < 0)
 			status = -errno;
@@ -292,7 +294,7 @@ int nft_install(const struct nat_config *config, char *why, size_t why_bytes)
 		snprintf(why, why_bytes, "the queue path's nftables table cannot be made: %s", second);
 		return -1;
 	}
-	status = add_xtables_rule();
+	status = add_xtables_rule((uint16_t)config->n_workers);
 	if (!status)
 		return 0;
 	snprintf(why, why_bytes,

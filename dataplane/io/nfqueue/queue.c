@@ -1,12 +1,16 @@
 /* netlink batch -> engine -> verdicts.
  *
  *     kernel --recvmmsg--> slots --queue_receive()--> engine --queue_settle()--> verdicts --sendmsg--> kernel
- *                                                        |          \--> a DPDK port (params.send)
+ *                                                        |          |\--> a DPDK port (params.send)
+ *                                                        |          \--> another worker (peers.c)
  *                                                        \--queue_inject()--> dsnat0
+ *
+ * There is a queue for each worker, and the kernel chooses one by a packet's addresses and protocol, in either direction
+ * the same for the same pair. The reply's pair is another one, so it comes to its session's worker only by chance: who has
+ * no session for a packet hands it over.
  *
  * Each packet sits in a *slot* from the moment it is received until its verdict is sent, which for one that
  * the core holds (NAT_HOLD) may be seconds. There are as many slots as the core may hold, and a burst more.
- * A verdict that changes a packet carries all of it; many of them go to the kernel in one sendmsg().
  *
  * Where a packet was queued says who sees to its TTL and MTU:
  *   postrouting  a request. The kernel has routed it and decremented the TTL (NAT_PKT_KERNEL_ROUTES).
@@ -18,20 +22,16 @@
  * A translated packet whose next hop is on a DPDK port is *stolen*: the kernel is told to drop it, and the
  * port sends a copy. Not so one that is larger than that link's MTU: the kernel sends it to the twin, in
  * fragments.
- *
- * Checksums: the kernel finishes them and splits what segmentation offload joined, before it asks us, because
- * we do not take NFQA_CFG_F_GSO. NFQA_CFG_F_FAIL_OPEN is off: a full queue drops.
  */
-#include "queue.h"
-
 #include <arpa/inet.h>
 #include <errno.h>
-#include <libmnl/libmnl.h>
 #include <linux/netfilter.h>
 #include <linux/netfilter/nfnetlink.h>
 #include <linux/netfilter/nfnetlink_queue.h>
 #include <linux/netlink.h>
 #include <net/if.h>
+#include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,52 +40,23 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "queue_internal.h"
 #include "tun.h"
 
-#define SLOT_BYTES    (65536u + 512u) /* the largest packet, and what netlink puts around it */
-#define QUEUE_LENGTH  8192u           /* packets that the kernel keeps for us, beside held ones */
-#define SOCKET_BYTES  (32 << 20)
-#define FLUSH_BYTES   65536u /* of verdicts in one message: the kernel must find memory for it in one piece */
-#define TICK_NS       1000000u
-#define LOOK_NS       1000000000u
-#define SLEEP_US      10000u
-#define VECTORS_EACH  2u
-#define UNKNOWN_IFACE 0xffu
-
-struct queue_slot {
-	struct queue_slot *next;
-	uint32_t id_be;
-	bool prerouting;
-	uint8_t out_iface;
-	_Alignas(8) uint8_t bytes[SLOT_BYTES];
-};
-
-struct queue_answer { /* a message of NFQNL_MSG_VERDICT, up to the payload's bytes */
-	struct nlmsghdr header;
-	struct nfgenmsg info;
-	struct nlattr verdict_header;
-	struct nfqnl_msg_verdict_hdr verdict;
-	struct nlattr payload_header;
-};
-_Static_assert(sizeof(struct queue_answer) == 16 + 4 + 4 + 8 + 4, "no padding between attributes");
-#define BARE_BYTES ((uint32_t)offsetof(struct queue_answer, payload_header))
-
-/* In nlmsg_seq, which comes back with an error: what the packet was counted as. */
-#define SEQ_DROP    0u
-#define SEQ_FORWARD 1u
-#define SEQ_PASS    0x100u /* and the reason */
+#define TICK_NS         1000000u
+#define LOOK_NS         1000000000u
+#define SLEEP_US        10000u
+#define SLOTS_AWAY      2048u
+#define UNKNOWN_IFACE   0xffu
+#define ATTRIBUTE       ((uint32_t)sizeof(struct nlattr)) /* bytes before its value */
+#define FIRST_ATTRIBUTE ((uint32_t)(sizeof(struct nlmsghdr) + sizeof(struct nfgenmsg)))
 
 /* ---- slots ---- */
 
-static void slot_free(struct queue *q, struct queue_slot *slot)
-{
-	slot->next = q->free;
-	q->free = slot;
-}
-
 static bool slots_open(struct queue *q)
 {
-	uint32_t n = 2 * QUEUE_BURST + q->params.held_max;
+	/* each worker's core may hold some of ours, and some may be on the way to them */
+	const uint32_t n = 2 * QUEUE_BURST + q->params.held_max + (q->inbox ? SLOTS_AWAY : 0);
 
 	/* address space; a page becomes memory when a packet is written to it */
 	q->slots_bytes = (size_t)n * sizeof(struct queue_slot);
@@ -96,8 +67,10 @@ static bool slots_open(struct queue *q)
 		return false;
 	}
 	(void)madvise(q->slots, q->slots_bytes, MADV_NOHUGEPAGE); /* 64 KiB slots, of which 2 KiB are used */
-	for (uint32_t i = n; i-- > 0;)
-		slot_free(q, &q->slots[i]);
+	for (uint32_t i = n; i-- > 0;) {
+		q->slots[i].queue = (uint8_t)q->params.thread->index;
+		queue_slot_free(q, &q->slots[i]);
+	}
 	return true;
 }
 
@@ -157,7 +130,7 @@ static void look_at_interfaces(struct queue *q, uint64_t now_ns)
 	for (uint32_t i = 0; i < q->n_arp; i++)
 		if (arp_socket_follow(&q->arp[i]))
 			watch(q, q->arp[i].fd);
-	for (uint32_t i = 0; i < q->params.n_interfaces; i++)
+	for (uint32_t i = 0; i < q->params.n_interfaces && q->params.thread->index == 0; i++)
 		if (q->params.interfaces[i].path == NAT_PATH_NFQUEUE)
 			(void)tun_forward_from(q->params.interfaces[i].name);
 }
@@ -175,102 +148,6 @@ static void put_ttl_back(uint8_t *l3)
 	l3[11] = (uint8_t)sum;
 }
 
-static void undo(struct queue *q, uint32_t sequence, enum nat_reason reason)
-{
-	struct nat_pkt pkt = {.verdict = sequence & SEQ_PASS ? NAT_PASS : NAT_FORWARD,
-			      .reason = (uint8_t)(sequence & SEQ_PASS ? sequence : NAT_REASON_OK)};
-
-	if (sequence != SEQ_DROP)
-		nat_engine_undo(q->params.thread->engine, &pkt, reason);
-}
-
-static ssize_t send_vectors(struct queue *q)
-{
-	struct sockaddr_nl kernel = {.nl_family = AF_NETLINK};
-	struct msghdr message = {.msg_name = &kernel,
-				 .msg_namelen = sizeof kernel,
-				 .msg_iov = q->out_vector,
-				 .msg_iovlen = q->n_out_vectors};
-	ssize_t n;
-
-	do
-		n = sendmsg(q->fd, &message, 0);
-	while (n < 0 && errno == EINTR);
-	return n;
-}
-
-/* The kernel has no memory for a batch: what is in it is dropped, by messages that need next to none. */
-static void give_up(struct queue *q)
-{
-	for (uint32_t i = 0; i < q->n_answers; i++) {
-		undo(q, q->answer[i].header.nlmsg_seq, NAT_REASON_NO_BUFFER);
-		q->answer[i].header.nlmsg_seq = SEQ_DROP;
-		q->answer[i].header.nlmsg_len = BARE_BYTES;
-		q->answer[i].verdict.verdict = htonl(NF_DROP);
-		q->out_vector[0] = (struct iovec){.iov_base = &q->answer[i], .iov_len = BARE_BYTES};
-		q->n_out_vectors = 1;
-		(void)send_vectors(q);
-	}
-}
-
-void queue_flush(struct queue *q)
-{
-	if (!q->n_answers)
-		return;
-	if (send_vectors(q) < 0)
-		give_up(q);
-	q->n_answers = q->n_out_vectors = 0;
-	q->answer_bytes = 0;
-	/* slots whose bytes were still being sent */
-	while (q->sent_slots) {
-		struct queue_slot *slot = q->sent_slots;
-
-		q->sent_slots = slot->next;
-		slot_free(q, slot);
-	}
-}
-
-static void vector_add(struct queue *q, void *base, size_t bytes)
-{
-	q->out_vector[q->n_out_vectors++] = (struct iovec){.iov_base = base, .iov_len = bytes};
-}
-
-static uint32_t padded(uint32_t bytes) /* as netlink attributes are */
-{
-	return (bytes + 3) & ~3u;
-}
-
-/* `pkt` is given when its changed bytes are to go back. The slot is the queue's again. */
-static void answer(struct queue *q, struct queue_slot *slot, uint32_t verdict, uint32_t sequence,
-		   const struct nat_pkt *pkt)
-{
-	uint32_t payload_bytes = pkt ? pkt->len_bytes : 0;
-	uint32_t bytes = pkt ? (uint32_t)sizeof(struct queue_answer) + padded(payload_bytes) : BARE_BYTES;
-
-	if (q->n_answers == QUEUE_BURST || (q->n_answers && q->answer_bytes + bytes > FLUSH_BYTES))
-		queue_flush(q);
-	struct queue_answer *a = &q->answer[q->n_answers++];
-
-	*a = (struct queue_answer){
-		.header = {.nlmsg_len = bytes,
-			   .nlmsg_type = NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_VERDICT,
-			   .nlmsg_flags = NLM_F_REQUEST,
-			   .nlmsg_seq = sequence},
-		.info = {.nfgen_family = AF_UNSPEC, .version = NFNETLINK_V0, .res_id = htons(QUEUE_FIRST)},
-		.verdict_header = {.nla_len = sizeof a->verdict_header + sizeof a->verdict,
-				   .nla_type = NFQA_VERDICT_HDR},
-		.verdict = {.verdict = htonl(verdict), .id = slot->id_be},
-		.payload_header = {.nla_len = (uint16_t)(sizeof a->payload_header + payload_bytes),
-				   .nla_type = NFQA_PAYLOAD},
-	};
-	vector_add(q, a, pkt ? sizeof *a : BARE_BYTES);
-	if (pkt) /* up to three bytes behind the packet are sent too; the slot has them, the kernel skips them */
-		vector_add(q, pkt->l3, padded(payload_bytes));
-	q->answer_bytes += bytes;
-	slot->next = q->sent_slots;
-	q->sent_slots = slot;
-}
-
 /* The next hop is on a DPDK port, and that is where the kernel would send it, or has not decided. */
 static bool may_steal(const struct queue *q, const struct queue_slot *slot, const struct nat_pkt *pkt)
 {
@@ -285,7 +162,7 @@ static void forward(struct queue *q, struct queue_slot *slot, const struct nat_p
 
 	if (may_steal(q, slot, pkt)) {
 		q->params.send(q->params.context, pkt, now_ns);
-		answer(q, slot, NF_DROP, SEQ_DROP, NULL);
+		queue_answer(q, slot, NF_DROP, SEQ_DROP, NULL);
 		return;
 	}
 	if (slot->prerouting)
@@ -294,12 +171,12 @@ static void forward(struct queue *q, struct queue_slot *slot, const struct nat_p
 		q->sent[out]++;
 		q->sent_bytes[out] += pkt->len_bytes;
 	}
-	answer(q, slot, NF_ACCEPT, SEQ_FORWARD, pkt);
+	queue_answer(q, slot, NF_ACCEPT, SEQ_FORWARD, pkt);
 }
 
 void queue_steal(struct queue *q, const struct nat_pkt *pkt)
 {
-	answer(q, pkt->cookie, NF_DROP, SEQ_DROP, NULL);
+	queue_answer(q, pkt->cookie, NF_DROP, SEQ_DROP, NULL);
 }
 
 void queue_settle(struct queue *q, const struct nat_pkt *pkt, uint64_t now_ns)
@@ -311,15 +188,20 @@ void queue_settle(struct queue *q, const struct nat_pkt *pkt, uint64_t now_ns)
 		forward(q, slot, pkt, now_ns);
 		break;
 	case NAT_PASS:
-		answer(q, slot, NF_ACCEPT, SEQ_PASS | pkt->reason, NULL);
+		queue_answer(q, slot, NF_ACCEPT, SEQ_PASS | pkt->reason, NULL);
 		break;
 	case NAT_HOLD:
 		break;
-	case NAT_HANDOVER: /* worker.c could not copy it */
+	case NAT_HANDOVER:
+		if (q->inbox) {
+			queue_hand_over(q, pkt);
+			break;
+		}
+		/* worker.c could not copy it */
 		nat_engine_undo(q->params.thread->engine, pkt, NAT_REASON_HANDOVER_FULL);
 		/* fall through */
 	case NAT_DROP:
-		answer(q, slot, NF_DROP, SEQ_DROP, NULL);
+		queue_answer(q, slot, NF_DROP, SEQ_DROP, NULL);
 		break;
 	}
 }
@@ -342,34 +224,40 @@ struct found { /* the attributes of one message */
 	bool cut;
 };
 
-/* mnl_attr_for_each() without its sign conversions. */
-static bool attribute_is_in(const struct nlmsghdr *message, const struct nlattr *a)
+static uint32_t value_of(const uint8_t *attribute)
 {
-	const char *tail = mnl_nlmsg_get_payload_tail(message);
+	uint32_t value_be;
 
-	return mnl_attr_ok(a, (int)(tail - (const char *)a));
+	memcpy(&value_be, attribute + ATTRIBUTE, sizeof value_be);
+	return ntohl(value_be);
 }
 
-static struct found attributes_of(const struct nlmsghdr *message)
+/* By hand: libmnl's five calls for each of ten attributes would be a third of our own share of a packet. */
+static struct found attributes_of(uint8_t *message, uint32_t bytes)
 {
 	struct found f = {0};
-	const struct nlattr *a;
+	struct nlattr a;
 
-	for (a = mnl_nlmsg_get_payload_offset(message, sizeof(struct nfgenmsg)); attribute_is_in(message, a);
-	     a = mnl_attr_next(a)) {
-		switch (mnl_attr_get_type(a)) {
+	for (uint32_t at = FIRST_ATTRIBUTE; at + ATTRIBUTE <= bytes; at += (a.nla_len + 3u) & ~3u) {
+		memcpy(&a, message + at, sizeof a);
+		if (a.nla_len < ATTRIBUTE || a.nla_len > bytes - at)
+			break;
+		const uint32_t value_bytes = a.nla_len - ATTRIBUTE;
+
+		switch (a.nla_type & NLA_TYPE_MASK) {
 		case NFQA_PACKET_HDR:
-			f.header = mnl_attr_get_payload(a);
+			if (value_bytes >= sizeof *f.header)
+				f.header = (const void *)(message + at + ATTRIBUTE);
 			break;
 		case NFQA_IFINDEX_INDEV:
-			f.in = (int)ntohl(mnl_attr_get_u32(a));
+			f.in = value_bytes >= 4 ? (int)value_of(message + at) : 0;
 			break;
 		case NFQA_IFINDEX_OUTDEV:
-			f.out = (int)ntohl(mnl_attr_get_u32(a));
+			f.out = value_bytes >= 4 ? (int)value_of(message + at) : 0;
 			break;
 		case NFQA_PAYLOAD:
-			f.payload = mnl_attr_get_payload(a);
-			f.payload_bytes = mnl_attr_get_payload_len(a);
+			f.payload = message + at + ATTRIBUTE;
+			f.payload_bytes = value_bytes;
 			break;
 		case NFQA_CAP_LEN:
 			f.cut = true;
@@ -381,14 +269,13 @@ static struct found attributes_of(const struct nlmsghdr *message)
 	return f;
 }
 
-/* A verdict that the kernel could not use: the packet's interface went down, and the kernel threw away what
- * was queued for it. */
+/* A verdict that the kernel could not use. */
 static void on_error(struct queue *q, const struct nlmsghdr *message)
 {
-	const struct nlmsgerr *error = mnl_nlmsg_get_payload(message);
+	const struct nlmsgerr *error = NLMSG_DATA(message);
 
 	if (message->nlmsg_len >= sizeof *message + sizeof *error && error->error)
-		undo(q, error->msg.nlmsg_seq, NAT_REASON_LINK_DOWN);
+		queue_refused(q, error->msg.nlmsg_seq);
 }
 
 /* One message, in `slot`. False: there is no packet in it, and the slot is free. */
@@ -396,45 +283,41 @@ static bool take(struct queue *q, struct queue_slot *slot, uint32_t bytes, struc
 {
 	const struct nlmsghdr *message = (const struct nlmsghdr *)(const void *)slot->bytes;
 	struct found f = {0};
+	uint8_t iface;
 
-	if (mnl_nlmsg_ok(message, (int)bytes)) {
+	if (bytes >= sizeof *message && message->nlmsg_len <= bytes) {
 		if (message->nlmsg_type == NLMSG_ERROR)
 			on_error(q, message);
 		else if (message->nlmsg_type == (NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_PACKET))
-			f = attributes_of(message);
+			f = attributes_of(slot->bytes, message->nlmsg_len);
 	}
 	if (!f.header) {
-		slot_free(q, slot);
+		queue_slot_free(q, slot);
 		return false;
 	}
 	slot->id_be = f.header->packet_id;
 	slot->prerouting = f.header->hook == NF_INET_PRE_ROUTING;
 	if (!f.payload || f.cut) {
 		nat_engine_bypass(q->params.thread->engine, NAT_DROP, NAT_REASON_TRUNCATED);
-		answer(q, slot, NF_DROP, SEQ_DROP, NULL);
+		queue_answer(q, slot, NF_DROP, SEQ_DROP, NULL);
 		return false;
 	}
 	slot->out_iface = iface_of(q, f.out);
-	memset(pkt, 0, sizeof *pkt);
-	pkt->l3 = f.payload;
-	pkt->len_bytes = f.payload_bytes;
-	pkt->cookie = slot;
-	pkt->iface = iface_of(q, f.in);
-	if (!is_queued(q, pkt->iface))
-		pkt->iface = q->fallback;
+	if (!is_queued(q, iface = iface_of(q, f.in)))
+		iface = q->fallback;
 	/* the kernel has looked at the header's checksum before any hook */
-	pkt->flags = NAT_PKT_IP_CSUM_GOOD | (slot->prerouting ? 0 : NAT_PKT_KERNEL_ROUTES);
-	q->received[pkt->iface]++;
-	q->received_bytes[pkt->iface] += pkt->len_bytes;
+	nat_pkt_present(pkt, f.payload, f.payload_bytes, slot, iface,
+			NAT_PKT_IP_CSUM_GOOD | (slot->prerouting ? 0 : NAT_PKT_KERNEL_ROUTES));
+	q->received[iface]++;
+	q->received_bytes[iface] += f.payload_bytes;
 	return true;
 }
 
 static void refill(struct queue *q)
 {
-	while (q->n_in < QUEUE_BURST && q->free) {
-		struct queue_slot *slot = q->free;
+	struct queue_slot *slot;
 
-		q->free = slot->next;
+	while (q->n_in < QUEUE_BURST && (slot = queue_slot_take(q))) {
 		q->in_vector[q->n_in] = (struct iovec){.iov_base = slot->bytes, .iov_len = SLOT_BYTES};
 		q->in[q->n_in++] = slot;
 	}
@@ -456,8 +339,10 @@ uint32_t queue_receive(struct queue *q, struct nat_pkt pkt[QUEUE_BURST], uint64_
 		look_at_interfaces(q, now_ns);
 	refill(q);
 	n = q->n_in ? recvmmsg(q->fd, q->in_message, q->n_in, MSG_DONTWAIT, NULL) : 0;
-	if (n < (int)QUEUE_BURST) /* else others can wait a little */
+	if (n <= 0 || now_ns - q->arp_ns >= TICK_NS) { /* else it can wait a little */
+		q->arp_ns = now_ns;
 		serve_arp(q);
+	}
 	for (int i = 0; i < n; i++)
 		n_pkt += take(q, q->in[i], q->in_message[i].msg_len, &pkt[n_pkt]);
 	if (n > 0) {
@@ -492,10 +377,32 @@ static void drain(struct queue *q, uint64_t now_ns)
 	queue_flush(q);
 }
 
+static void translate(struct queue *q, struct nat_pkt *pkt, uint32_t n, uint64_t now_ns)
+{
+	if (!n)
+		return;
+	nat_engine_run(q->params.thread->engine, pkt, n, now_ns);
+	for (uint32_t i = 0; i < n; i++)
+		queue_settle(q, &pkt[i], now_ns);
+}
+
 static bool pending(void *context)
 {
-	(void)context;
-	return false;
+	const struct queue *q = context;
+
+	return q->inbox && !rte_ring_empty(q->inbox);
+}
+
+/* One of the isolated CPUs, where there are enough of them. */
+static void pin(int32_t core)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	if (core < 0)
+		return;
+	CPU_SET((size_t)core, &set);
+	(void)pthread_setaffinity_np(pthread_self(), sizeof set, &set);
 }
 
 void *queue_run(void *argument)
@@ -505,20 +412,20 @@ void *queue_run(void *argument)
 	uint64_t run_ns = 0, start_ns = thread_clock_ns();
 
 	prctl(PR_SET_NAME, "dsnat-queue");
+	pin(t->core);
 	while (!atomic_load_explicit(&t->stop, memory_order_relaxed)) {
-		struct nat_pkt pkt[QUEUE_BURST];
+		struct nat_pkt pkt[NAT_BURST_MAX];
 		uint64_t now_ns = thread_clock_ns();
+		uint32_t n, taken;
 
 		thread_between_bursts(t, now_ns);
-		uint32_t n = queue_receive(q, pkt, now_ns);
-
-		if (n) {
-			nat_engine_run(t->engine, pkt, n, now_ns);
-			for (uint32_t i = 0; i < n; i++)
-				queue_settle(q, &pkt[i], now_ns);
-		} else if (now_ns - run_ns >= TICK_NS) {
+		n = queue_receive(q, pkt, now_ns);
+		translate(q, pkt, n, now_ns);
+		taken = queue_take_over(q, pkt);
+		translate(q, pkt, taken, now_ns);
+		n += taken;
+		if (!n && now_ns - run_ns >= TICK_NS)
 			nat_engine_tick(t->engine, now_ns);
-		}
 		run_ns = now_ns;
 		drain(q, now_ns);
 		if (n) {
@@ -536,62 +443,6 @@ void *queue_run(void *argument)
 
 /* ---- set-up ---- */
 
-static int configure(struct queue *q, uint16_t attribute, const void *data, uint16_t bytes, const void *more,
-		     uint16_t more_attribute)
-{
-	/* The copy mode comes last and lets packets in, which would stand before its acknowledgement. */
-	const bool last = attribute == NFQA_CFG_PARAMS;
-	char buffer[512];
-	struct nlmsghdr *message = mnl_nlmsg_put_header(buffer);
-	struct nfgenmsg *info = mnl_nlmsg_put_extra_header(message, sizeof *info);
-	struct sockaddr_nl kernel = {.nl_family = AF_NETLINK};
-	const struct nlmsgerr *error;
-
-	message->nlmsg_type = NFNL_SUBSYS_QUEUE << 8 | NFQNL_MSG_CONFIG;
-	message->nlmsg_flags = last ? NLM_F_REQUEST : NLM_F_REQUEST | NLM_F_ACK;
-	info->version = NFNETLINK_V0;
-	info->res_id = htons(QUEUE_FIRST);
-	mnl_attr_put(message, attribute, bytes, data);
-	if (more)
-		mnl_attr_put(message, more_attribute, 4, more);
-	if (sendto(q->fd, message, message->nlmsg_len, 0, (struct sockaddr *)&kernel, sizeof kernel) < 0)
-		return -errno;
-	if (last)
-		return 0;
-	if (recv(q->fd, buffer, sizeof buffer, 0) < (ssize_t)(sizeof *message + sizeof *error))
-		return -EIO;
-	error = mnl_nlmsg_get_payload(message);
-	return message->nlmsg_type == NLMSG_ERROR ? error->error : -EIO;
-}
-
-static int bind_queue(struct queue *q)
-{
-	const struct nfqnl_msg_config_cmd bind_it = {.command = NFQNL_CFG_CMD_BIND};
-	const struct nfqnl_msg_config_params copy = {.copy_range = htonl(65535),
-						     .copy_mode = NFQNL_COPY_PACKET};
-	const uint32_t length_be = htonl(QUEUE_LENGTH + q->params.held_max), off_be = 0,
-		       mask_be = htonl(NFQA_CFG_F_FAIL_OPEN | NFQA_CFG_F_CONNTRACK | NFQA_CFG_F_GSO |
-				       NFQA_CFG_F_UID_GID | NFQA_CFG_F_SECCTX);
-	const int bytes = SOCKET_BYTES, yes = 1;
-	struct sockaddr_nl any = {.nl_family = AF_NETLINK};
-	int status;
-
-	q->fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_NETFILTER);
-	if (q->fd < 0 || bind(q->fd, (struct sockaddr *)&any, sizeof any))
-		return -errno;
-	if (setsockopt(q->fd, SOL_SOCKET, SO_RCVBUFFORCE, &bytes, sizeof bytes))
-		(void)setsockopt(q->fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes);
-	if (setsockopt(q->fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof bytes))
-		(void)setsockopt(q->fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
-	/* what overruns is counted by the kernel, and must not end a recvmmsg() */
-	(void)setsockopt(q->fd, SOL_NETLINK, NETLINK_NO_ENOBUFS, &yes, sizeof yes);
-	if ((status = configure(q, NFQA_CFG_CMD, &bind_it, sizeof bind_it, NULL, 0)) ||
-	    (status = configure(q, NFQA_CFG_QUEUE_MAXLEN, &length_be, sizeof length_be, NULL, 0)) ||
-	    (status = configure(q, NFQA_CFG_FLAGS, &off_be, sizeof off_be, &mask_be, NFQA_CFG_MASK)))
-		return status;
-	return configure(q, NFQA_CFG_PARAMS, &copy, sizeof copy, NULL, 0);
-}
-
 static void arp_open(struct queue *q)
 {
 	for (uint8_t i = 0; i < q->params.n_interfaces; i++)
@@ -603,30 +454,31 @@ static void arp_open(struct queue *q)
 
 int queue_open(struct queue *q, const struct queue_params *params, char *why, size_t why_bytes)
 {
+	const bool first = params->thread->index == 0;
 	int status;
 
 	*q = (struct queue){.params = *params, .fd = -1, .tun_fd = -1, .fallback = fallback_of(params)};
 	q->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-	q->answer = calloc(QUEUE_BURST, sizeof *q->answer);
-	q->out_vector = calloc(QUEUE_BURST * VECTORS_EACH, sizeof *q->out_vector);
-	if (q->epoll_fd < 0 || !q->answer || !q->out_vector || !slots_open(q)) {
+	if (q->epoll_fd < 0 || !queue_answers_open(q) || !queue_inbox_open(q) || !slots_open(q)) {
 		snprintf(why, why_bytes, "no memory for the packets of the queue path");
 		return -1;
 	}
 	for (uint32_t i = 0; i < QUEUE_BURST; i++)
 		q->in_message[i].msg_hdr = (struct msghdr){.msg_iov = &q->in_vector[i], .msg_iovlen = 1};
-	if ((q->tun_fd = tun_open(why, why_bytes)) < 0)
+	q->tun_fd = first ? tun_open(why, why_bytes) : params->peers[0].tun_fd;
+	if (q->tun_fd < 0)
 		return -1;
-	if ((status = bind_queue(q))) {
-		snprintf(why, why_bytes, "netfilter queue %u cannot be used: %s; %s", QUEUE_FIRST,
-			 strerror(-status),
+	if ((status = queue_bind(q))) {
+		snprintf(why, why_bytes, "netfilter queue %u cannot be used: %s; %s",
+			 QUEUE_FIRST + params->thread->index, strerror(-status),
 			 status == -EPERM || status == -EBUSY
 				 ? "another program has it, or the right to use it is missing"
 				 : "a kernel with nfnetlink_queue is needed");
 		return -1;
 	}
 	watch(q, q->fd);
-	arp_open(q);
+	if (first)
+		arp_open(q);
 	return 0;
 }
 
@@ -636,15 +488,28 @@ void queue_close(struct queue *q)
 		arp_socket_close(&q->arp[i]);
 	if (q->fd >= 0)
 		close(q->fd);
-	if (q->tun_fd >= 0)
+	if (q->tun_fd >= 0 && q->params.thread->index == 0)
 		close(q->tun_fd);
 	if (q->epoll_fd >= 0)
 		close(q->epoll_fd);
 	if (q->slots)
 		munmap(q->slots, q->slots_bytes);
-	free(q->answer);
-	free(q->out_vector);
+	queue_answers_close(q);
+	queue_inbox_close(q);
 	*q = (struct queue){.fd = -1, .tun_fd = -1, .epoll_fd = -1};
+}
+
+/* All queues' packets of an interface. The figures belong to their workers: they are a moment old. */
+static void add_up(const struct queue *q, uint8_t iface, struct request_port *view)
+{
+	for (uint32_t i = 0; i < q->params.n_peers; i++) {
+		const struct queue *one = &q->params.peers[i];
+
+		view->rx_packets += one->received[iface];
+		view->rx_bytes += one->received_bytes[iface];
+		view->tx_packets += one->sent[iface];
+		view->tx_bytes += one->sent_bytes[iface];
+	}
 }
 
 bool queue_view(const struct queue *q, const struct route *route, uint32_t i, struct request_port *view)
@@ -654,32 +519,12 @@ bool queue_view(const struct queue *q, const struct route *route, uint32_t i, st
 			continue;
 		*view = (struct request_port){.name = q->params.interfaces[iface].name,
 					      .up = route_interface_up(route, iface),
-					      .queues = 1,
-					      .rx_packets = q->received[iface],
-					      .rx_bytes = q->received_bytes[iface],
-					      .tx_packets = q->sent[iface],
-					      .tx_bytes = q->sent_bytes[iface]};
+					      .queues = (uint16_t)q->params.n_peers};
+		add_up(q, iface, view);
 		/* the kernel does not say for which interface: told with the first */
 		if (iface == q->fallback)
-			view->rx_missed = queue_overruns();
+			view->rx_missed = queue_overruns(q->params.n_peers);
 		return true;
 	}
 	return false;
-}
-
-/* Columns: queue number, listener, waiting, copy mode, copy range, dropped because full, dropped because our
- * socket was full, last id, 1. */
-uint64_t queue_overruns(void)
-{
-	FILE *file = fopen("/proc/self/net/netfilter/nfnetlink_queue", "re");
-	unsigned number;
-	unsigned long long full, socket_full, total = 0;
-
-	while (file &&
-	       fscanf(file, "%u %*u %*u %*u %*u %llu %llu %*u %*u", &number, &full, &socket_full) == 3)
-		if (number == QUEUE_FIRST)
-			total = full + socket_full;
-	if (file)
-		fclose(file);
-	return total;
 }
