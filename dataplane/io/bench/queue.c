@@ -1,11 +1,13 @@
 /* dsnat-queue-bench: the two ends of the queue path's benchmark (tests/bench/queue.py drives it).
  *
- *	flood ADDRESS FLOWS SECONDS   sends UDP datagrams of 22 bytes to ADDRESS:9 from so many ports, as fast as
- *	                              one core can
- *	accept QUEUE one|batch        accepts everything that the kernel queues, unread and unchanged, until SIGTERM:
- *	                              the floor of every program behind a netfilter queue. With `one`, a system call
- *	                              for each packet and each verdict; with `batch`, 32 packets a recvmmsg() and one
- *	                              verdict for all of them
+ *	flood ADDRESS FLOWS SECONDS [COUNT]  sends UDP datagrams of 22 bytes to ADDRESS:9 from so many ports, as fast as
+ *	                              one core can; so many of them
+ *	accept QUEUE one|batch|back   accepts everything that the kernel queues, unread and unchanged, until SIGTERM.
+ *	                              With `one`, a system call for each packet and each verdict; with `batch`, 32
+ *	                              packets a recvmmsg() and one verdict for all of them, which nobody who changes
+ *	                              packets can use: the floor of every program behind a netfilter queue; with `back`,
+ *	                              32 verdicts in a sendmsg(), each with its packet's bytes: the floor of one that
+ *	                              changes them. The socket and the queue are as long as dsnatd's
  *
  * Exit status: 0 done, 1 the kernel refused something, 2 usage.
  */
@@ -43,7 +45,7 @@ static double now_s(void)
 	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static int flood(const char *address, uint32_t flows, double seconds)
+static int flood(const char *address, uint32_t flows, double seconds, uint32_t count)
 {
 	static int fd[FLOWS_MAX];
 	static char payload[22];
@@ -61,7 +63,7 @@ static int flood(const char *address, uint32_t flows, double seconds)
 	memset(message, 0, sizeof message);
 	for (uint32_t i = 0; i < BURST; i++)
 		message[i].msg_hdr = (struct msghdr){.msg_iov = &vector, .msg_iovlen = 1};
-	for (uint32_t i = 0; now_s() < until_s; i = (i + 1) % flows)
+	for (uint32_t i = 0, sent = 0; sent < count && now_s() < until_s; i = (i + 1) % flows, sent += BURST)
 		(void)sendmmsg(fd[i], message, BURST, 0); /* what is refused is not sent: no harm */
 	return 0;
 }
@@ -112,6 +114,26 @@ static int bind_queue(uint16_t queue)
 	return fd;
 }
 
+/* A verdict with all bytes of the packet in `buffer`, as two vectors. */
+static size_t send_back(uint16_t queue, void *buffer, void *message, uint32_t id_be, struct iovec *vector)
+{
+	const struct nfqnl_msg_verdict_hdr verdict = {.verdict = htonl(NF_ACCEPT), .id = id_be};
+	struct nlmsghdr *answer = put_message(message, NFQNL_MSG_VERDICT, queue);
+	struct nlattr *a;
+
+	mnl_attr_put(answer, NFQA_VERDICT_HDR, sizeof verdict, &verdict);
+	vector[0] = (struct iovec){.iov_base = message, .iov_len = answer->nlmsg_len};
+	for (a = mnl_nlmsg_get_payload_offset(buffer, sizeof(struct nfgenmsg));
+	     mnl_attr_ok(a, (int)((char *)mnl_nlmsg_get_payload_tail(buffer) - (char *)a));
+	     a = mnl_attr_next(a))
+		if (mnl_attr_get_type(a) == NFQA_PAYLOAD) { /* as it came: header, bytes, padding */
+			vector[1] = (struct iovec){.iov_base = a, .iov_len = MNL_ALIGN(a->nla_len)};
+			answer->nlmsg_len += (uint32_t)vector[1].iov_len;
+			return 2;
+		}
+	return 1;
+}
+
 /* The packet's number; false when the message is none of a packet. */
 static bool id_of(const void *buffer, uint32_t *id_be)
 {
@@ -125,10 +147,41 @@ static bool id_of(const void *buffer, uint32_t *id_be)
 	return true;
 }
 
-static int accept_all(uint16_t queue, bool batch)
+/* One verdict for all up to the last one, or for the only one. */
+static void answer_last(int fd, uint16_t queue, void *last, bool batch)
+{
+	char buffer[256];
+	uint32_t id_be;
+
+	if (!id_of(last, &id_be))
+		return;
+	struct nlmsghdr *answer =
+		put_message(buffer, batch ? NFQNL_MSG_VERDICT_BATCH : NFQNL_MSG_VERDICT, queue);
+	const struct nfqnl_msg_verdict_hdr verdict = {.verdict = htonl(NF_ACCEPT), .id = id_be};
+
+	mnl_attr_put(answer, NFQA_VERDICT_HDR, sizeof verdict, &verdict);
+	send_to_kernel(fd, answer);
+}
+
+static void answer_each(int fd, uint16_t queue, char packet[BURST][PACKET_BYTES], uint32_t n)
+{
+	static _Alignas(8) char message[BURST][64];
+	struct sockaddr_nl kernel = {.nl_family = AF_NETLINK};
+	struct iovec vector[2 * BURST];
+	struct msghdr all = {.msg_name = &kernel, .msg_namelen = sizeof kernel, .msg_iov = vector};
+	uint32_t id_be;
+
+	for (uint32_t i = 0; i < n; i++)
+		if (id_of(packet[i], &id_be))
+			all.msg_iovlen +=
+				send_back(queue, packet[i], message[i], id_be, &vector[all.msg_iovlen]);
+	(void)!sendmsg(fd, &all, 0);
+}
+
+static int accept_all(uint16_t queue, const char *how)
 {
 	static _Alignas(8) char packet[BURST][PACKET_BYTES];
-	char buffer[256];
+	const bool one = !strcmp(how, "one"), back = !strcmp(how, "back");
 	struct iovec vector[BURST];
 	struct mmsghdr message[BURST];
 	int fd = bind_queue(queue);
@@ -141,31 +194,27 @@ static int accept_all(uint16_t queue, bool batch)
 		message[i].msg_hdr = (struct msghdr){.msg_iov = &vector[i], .msg_iovlen = 1};
 	}
 	for (;;) { /* SIGTERM ends it */
-		int n = recvmmsg(fd, message, batch ? BURST : 1, MSG_WAITFORONE, NULL);
-		uint32_t id_be;
+		int n = recvmmsg(fd, message, one ? 1 : BURST, MSG_WAITFORONE, NULL);
 
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n <= 0)
 			return refused("recvmmsg");
-		if (!id_of(packet[n - 1], &id_be))
-			continue;
-		/* a verdict for all up to the last one, or for the only one */
-		struct nlmsghdr *answer =
-			put_message(buffer, batch ? NFQNL_MSG_VERDICT_BATCH : NFQNL_MSG_VERDICT, queue);
-		const struct nfqnl_msg_verdict_hdr verdict = {.verdict = htonl(NF_ACCEPT), .id = id_be};
-
-		mnl_attr_put(answer, NFQA_VERDICT_HDR, sizeof verdict, &verdict);
-		send_to_kernel(fd, answer);
+		if (back)
+			answer_each(fd, queue, packet, (uint32_t)n);
+		else
+			answer_last(fd, queue, packet[n - 1], !one);
 	}
 }
 
 int main(int argc, char **argv)
 {
-	if (argc == 5 && !strcmp(argv[1], "flood"))
-		return flood(argv[2], (uint32_t)atoi(argv[3]), atof(argv[4]));
+	if ((argc == 5 || argc == 6) && !strcmp(argv[1], "flood"))
+		return flood(argv[2], (uint32_t)atoi(argv[3]), atof(argv[4]),
+			     argc == 6 ? (uint32_t)atoi(argv[5]) : UINT32_MAX);
 	if (argc == 4 && !strcmp(argv[1], "accept"))
-		return accept_all((uint16_t)atoi(argv[2]), !strcmp(argv[3], "batch"));
-	fputs("usage: dsnat-queue-bench flood ADDRESS FLOWS SECONDS | accept QUEUE one|batch\n", stderr);
+		return accept_all((uint16_t)atoi(argv[2]), argv[3]);
+	fputs("usage: dsnat-queue-bench flood ADDRESS FLOWS SECONDS [COUNT] | accept QUEUE one|batch|back\n",
+	      stderr);
 	return 2;
 }
