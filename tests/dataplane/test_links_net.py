@@ -1,0 +1,96 @@
+"""What happens to links and routes under the engine: each ends in service restored, or in one counter or
+message that says what is wrong.
+
+The topology is that of `tests/gateway.py`. Other faults: a twin or a device that is gone in test_dpdk_net.py,
+rules that somebody flushes and a killed engine in test_queue_net.py, keepalived in test_failover_net.py, a
+thread that hangs in test_faults_net.py.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.gateway import OUTSIDE_ADDRESS, PATHS, Gateway, new_gateway, ping
+from tests.lab import Lab, wait_until
+from tests.traffic import SERVER
+
+pytestmark = pytest.mark.net
+
+
+@pytest.fixture(params=PATHS)
+def gateway(lab: Lab, program: Callable[[str], Path], request: pytest.FixtureRequest) -> Iterator[Gateway]:
+    made = new_gateway(lab, program("dsnatd"), path=request.param)
+    yield made
+    made.close()
+
+
+def serves(gateway: Gateway) -> bool:
+    return " 3 received" in ping(gateway.client, SERVER)
+
+
+def test_a_link_that_flaps_is_served_again_each_time(gateway: Gateway) -> None:
+    wait_until("service", lambda: serves(gateway))
+    for _ in range(3):
+        for side in ("outside", "inside"):
+            gateway.space.ip(f"link set {gateway.port(side)} down")
+            wait_until("the dark", lambda: " 0 received" in ping(gateway.client, SERVER, "-W", "0.2"))
+            gateway.space.ip(f"link set {gateway.port(side)} up")
+            wait_until("service", lambda: serves(gateway))
+
+
+def test_a_packet_that_loops_between_two_routers_is_dropped_by_name_the_first_time(gateway: Gateway) -> None:
+    """The server is a router that sends everything back to us."""
+    gateway.server.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=0")
+    gateway.server.ip(f"route add default via {OUTSIDE_ADDRESS}")
+    gateway.space.ip(f"route add default via {SERVER}")
+    wait_until("the route", lambda: gateway.reason("no_route") == 0 and serves(gateway))
+    assert " 0 received" in ping(gateway.client, "192.0.2.7", "-W", "0.5")
+    wait_until("the drops", lambda: gateway.reason("not_ours") == 3)
+    # and from outside: a pool address without a session is nobody's, and is not sent back either
+    gateway.server.ip("route add 203.0.113.4/32 via 198.51.100.1")
+    assert " 0 received" in ping(gateway.server, "203.0.113.4", "-W", "0.5")
+    wait_until("these drops", lambda: gateway.reason("no_session") == 3)
+    assert gateway.reason("ttl_expired") == 0
+    assert serves(gateway)
+
+
+def test_a_link_with_a_smaller_mtu_is_told_to_the_sender_or_fragments_leave(gateway: Gateway) -> None:
+    wait_until("service", lambda: serves(gateway))
+    gateway.space.ip("link set outside0 mtu 1300")
+    gateway.server.ip("link set eth0 mtu 1300")  # as the wire's other end would have it
+
+    def told() -> bool:
+        text = ping(gateway.client, SERVER, "-s", "1400", "-M", "do")
+        return "mtu = 1300" in text or "mtu=1300" in text
+
+    wait_until("the message", told)
+    gateway.client.ip("route flush cache")
+    assert " 3 received" in ping(gateway.client, SERVER, "-s", "1400", "-M", "dont")
+
+
+def test_after_more_news_than_the_kernel_keeps_for_us_all_is_read_again(gateway: Gateway, lab: Lab) -> None:
+    wait_until("service", lambda: serves(gateway))
+    before = gateway.ask(cmd="status")["routes"]
+    gateway.server.ip("address add 192.0.2.9/32 dev lo")
+    news = lab.directory / "news"
+    news.write_text(
+        "".join(
+            f"route {verb} 198.18.{number // 256}.{number % 256}/32 via {SERVER}\n"
+            for verb in ("add", "delete")
+            for number in range(25_000)
+        )
+        + f"route add 192.0.2.9/32 via {SERVER}\n"
+    )
+    gateway.daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        gateway.space.run("ip", "-batch", str(news), timeout_s=60)
+    finally:
+        gateway.daemon.process.send_signal(signal.SIGCONT)
+    wait_until("the dump", lambda: gateway.ask(cmd="status")["routes"]["dumps"] > before["dumps"])
+    assert gateway.ask(cmd="status")["routes"]["overruns"] > before["overruns"], "nothing was lost"
+    # what was the last to be told, and was lost with the rest
+    wait_until("the route", lambda: " 3 received" in ping(gateway.client, "192.0.2.9"))
