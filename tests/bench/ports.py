@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -131,6 +132,14 @@ class Bench:
             control.unlink(missing_ok=True)
             sessions.unlink(missing_ok=True)
 
+    def handed_over(self) -> int:
+        """By dsnatd that runs now."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(f"/tmp/{self.lab.prefix}.sock")
+            client.sendall(b'{"cmd":"show","what":"counters"}\n')
+            return int(json.loads(client.makefile().readline())["counters"]["handed_over"])
+
     @contextmanager
     def testpmd(
         self,
@@ -181,7 +190,9 @@ def pin(pid: int) -> None:
     threads = {int(task.name): (task / "comm").read_text() for task in Path(f"/proc/{pid}/task").iterdir()}
     workers = sorted(thread for thread, name in threads.items() if name.startswith("rte-worker"))
     for thread in threads:
-        os.sched_setaffinity(thread, {cores[-1 - workers.index(thread)] if thread in workers else cores[0]})
+        os.sched_setaffinity(
+            thread, {cores[-1 - workers.index(thread) % len(cores)] if thread in workers else cores[0]}
+        )
 
 
 def alive(program: Program) -> str:
@@ -253,16 +264,25 @@ def rate(lines: Sequence[tuple[str, ...]], hz: float) -> float:
 def scaling(bench: Bench, flows: int, rounds: int, count: int) -> list[dict[str, Any]]:
     hz, rows = tsc_hz(), []
     found: dict[int, list[float]] = {}
+    handed: dict[int, int] = {}
     for _ in range(rounds):
         for workers in range(1, len(os.sched_getaffinity(0)) + 1):
             with bench.dsnatd(NULL, flows, injected(flows), workers=workers) as program:
                 found.setdefault(workers, []).append(rate(windows(program, CYCLES, count * workers), hz))
+                handed[workers] = handed.get(workers, 0) + bench.handed_over()
     for workers, rates in found.items():
         best, middle = max(rates), statistics.median(rates)
         figures = {"million_per_s": round(best, 2), "million_per_s_median": round(middle, 2)}
         ratio = round(best / max(found[1]), 2)
         rows.append(
-            {"what": "ports.scaling", "workers": workers, "sessions": flows, **figures, "ratio": ratio}
+            {
+                "what": "ports.scaling",
+                "workers": workers,
+                "sessions": flows,
+                **figures,
+                "ratio": ratio,
+                "handed_over": handed[workers],
+            }
         )
     return rows
 
@@ -337,7 +357,7 @@ def text(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(
                 f"  {row['workers']} workers, {row['sessions']:,} sessions: {row['million_per_s']:.1f}"
                 f" million packets a second of processor time ({row['ratio']:.2f} x; median"
-                f" {row['million_per_s_median']:.1f})"
+                f" {row['million_per_s_median']:.1f}); {row['handed_over']} handed over"
             )
     return "\n".join(lines)
 

@@ -168,6 +168,11 @@ static void divide(void)
 	}
 }
 
+static uint32_t flow_of(const struct queue *queue, uint32_t i)
+{
+	return queue->flow ? queue->flow[i] : i;
+}
+
 /* At the first packet: by then the program has set the port's key and table. */
 static void begin(void)
 {
@@ -185,14 +190,12 @@ static void begin(void)
 			queue->n_flows = world.n_flows;
 		if (world.latency)
 			queue->bucket = memory(BUCKETS * sizeof(uint32_t));
-		for (uint32_t side = 0; side < 2; side++)
+		for (uint32_t side = 0; side < 2; side++) {
 			queue->side[side].chance = q * 2 + side;
+			for (uint32_t i = 0; queue->n_flows && i < BURST_MAX; i++)
+				queue->side[side].next[i] = flow_of(queue, 0);
+		}
 	}
-}
-
-static uint32_t flow_of(const struct queue *queue, uint32_t i)
-{
-	return queue->flow ? queue->flow[i] : i;
 }
 
 static uint32_t halves(uint32_t word)
