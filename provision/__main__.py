@@ -85,6 +85,9 @@ def main() -> NoReturn:
             sys.exit(INVALID)
         if debug:
             raise
+        if isinstance(error, OSError):  # a full disk, a folder that is not ours: the machine's, not ours
+            print(f"dsnat-fleet: {error}", file=sys.stderr)
+            sys.exit(FAILED)
         print(
             f"dsnat-fleet: internal error: {error!r}; run it with --debug for the whole story",
             file=sys.stderr,

@@ -64,9 +64,11 @@ def last_run(directory: Path) -> Run:
     lines: list[dict[str, object]] = []
     for text in paths[-1].read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break  # the last line of a machine that lost power
+        if isinstance(line, dict):
+            lines.append(line)
     if not lines or not isinstance(lines[0].get("wanted"), dict):
         raise JournalError(f"{paths[-1]} does not say what the run was about; push again")
     wanted = lines[0]["wanted"]

@@ -210,7 +210,10 @@ def _saved_plan(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise Exit(INVALID, f"{path} is not a saved plan: {error}") from error
-    return value if isinstance(value, dict) else {}
+    limit = value.get("limit", []) if isinstance(value, dict) else None
+    if not isinstance(limit, list) or not all(isinstance(name, str) for name in limit):
+        raise Exit(INVALID, f"{path} is not a saved plan; make one with plan --out")
+    return dict(value)
 
 
 def _roll_out(

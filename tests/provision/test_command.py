@@ -171,11 +171,25 @@ def test_a_journal_tells_who_is_left(tmp_path: Path) -> None:
     assert last_run(tmp_path).left == ["gw2", "gw3"]
 
 
-def test_a_journal_that_says_nothing_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["\n", "3\n", "[]\n", '{"run": "p"}\n'])
+def test_a_journal_that_says_nothing_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / ".dsnat-fleet").mkdir()
-    (tmp_path / ".dsnat-fleet/x.jsonl").write_text("\n")
+    (tmp_path / ".dsnat-fleet/x.jsonl").write_text(text)
     with pytest.raises(JournalError, match="does not say what the run was about"):
         last_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '{"hash": "x", "limit": 3}', '{"hash": "x", "limit": [3]}'])
+def test_a_saved_plan_that_is_none_is_refused_before_anybody_is_asked(file: Path, text: str) -> None:
+    saved = file.with_name("plan.json")
+    saved.write_text(text)
+    said = run("--file", str(file), "push", "--yes", "--plan", str(saved), status=2)
+    assert said == f"dsnat-fleet: {saved} is not a saved plan; make one with plan --out\n"
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(file: Path) -> None:
+    said = run("--file", str(file), "plan", "--out", str(file / "plan.json"), status=1)
+    assert said == f"dsnat-fleet: [Errno 20] Not a directory: '{file / 'plan.json'}'\n"
 
 
 def test_unknown_verbs_and_options_end_with_two() -> None:
