@@ -1,11 +1,14 @@
 """Who must agree before a change is kept: the engine, keepalived, the VRRP peer, BGP, and a probe outside.
 
 That a pair's addresses are in the right place is not enough right after a change: a backup that no longer
-hears its master takes a moment to notice. So the one that is not master must have heard the other, on every
-interface.
+hears its master takes a moment to notice. So a backup must hear the master's adverts, on every interface on
+which it heard them before; and a master that its peer does not hear is looked at again after the time in
+which a well peer would have taken over. One that was ill before the change does not stop it.
 """
 
 from __future__ import annotations
+
+from contextlib import suppress
 
 from provision.model import Fleet, milliseconds
 from provision.plan import Running
@@ -23,6 +26,10 @@ def witnesses(fleet: Fleet, before: Running, rendered: Rendered, dial: Dial) -> 
     name, addresses = before.gateway, list(rendered.vrrp)
     met = {n["address"] for n in _neighbors(before) if n["state"] == "Established"}
     peer = fleet.peer_of(name)
+    deaf_before: set[str] = set()
+    if peer is not None and not before.holds(addresses) and _keepalived_of(before) == "active":
+        with suppress(GatewayError), dial(name) as remote:
+            deaf_before = _deaf(fleet, name, remote)
 
     def probe(remote: Remote) -> str | None:
         if not rendered.probes:
@@ -46,7 +53,7 @@ def witnesses(fleet: Fleet, before: Running, rendered: Rendered, dial: Dial) -> 
             return f"BGP to {lost[0]['address']} is {lost[0]['state']}, and was established before"
         if not addresses:
             return probe(remote)
-        active = running.facts.get("units", {}).get("keepalived")
+        active = _keepalived_of(running)
         if active != "active":
             return f"keepalived is {active}"
         mine = running.holds(addresses)
@@ -65,11 +72,14 @@ def witnesses(fleet: Fleet, before: Running, rendered: Rendered, dial: Dial) -> 
                 if bool(mine) == bool(theirs):
                     who = "both of the pair hold" if mine else "neither of the pair holds"
                     return f"{who} the VRRP addresses"
-                if other.facts.get("units", {}).get("keepalived") == "active":
-                    listener = (peer, name, there) if mine else (name, peer, remote)
-                    deaf = _unheard(fleet, *listener)
-                    if deaf is not None:
-                        return deaf
+                if mine and _keepalived_of(other) == "active" and _deaf(fleet, peer, there):
+                    # It has waited for as long as VRRP does: a peer that is well is master now.
+                    other = Running(peer, there.ask({"do": "facts"}, deadline_s=FACTS_S))
+                    if other.holds(addresses):
+                        return f"{peer} does not hear {name} and has the VRRP addresses too"
+                deaf = set() if mine else _deaf(fleet, name, remote) - deaf_before
+                if deaf:
+                    return f"{name} hears no VRRP adverts of {peer} on {', '.join(sorted(deaf))}"
         except GatewayError as error:
             # A peer that is down cannot be asked; then this one must carry the addresses alone.
             return None if mine else f"the peer {peer} was not reached ({error}) and {name} is not master"
@@ -82,27 +92,28 @@ def witnesses(fleet: Fleet, before: Running, rendered: Rendered, dial: Dial) -> 
     return look
 
 
-def _unheard(fleet: Fleet, listener: str, speaker: str, remote: Remote) -> str | None:
-    """The interfaces on which one of a pair does not hear the other, which is master. None: there is none."""
+def _keepalived_of(running: Running) -> str | None:
+    active: str | None = running.facts.get("units", {}).get("keepalived")
+    return active
+
+
+def _deaf(fleet: Fleet, listener: str, remote: Remote) -> set[str]:
+    """The interfaces on which it does not hear a master that is not itself."""
     vrrp = fleet.service_of(listener).vrrp
     if vrrp is None:
-        return None
-    instances = vrrp.instances
-    slowest = max(
-        (milliseconds(i.advert_interval or vrrp.advert_interval) for i in instances.values()), default=0
-    )
-    # Three adverts may be missed before a backup takes over; then it would be too late
+        return set()
+    slowest = max(milliseconds(i.advert_interval or vrrp.advert_interval) for i in vrrp.instances.values())
+    # Three adverts may be missed before a backup takes over.
     request = {
         "do": "adverts",
-        "ids": sorted({i.id for i in instances.values()}),
+        "ids": sorted({i.id for i in vrrp.instances.values()}),
         "wait_s": min(25, 3 * slowest // 1000 + 1),
     }
     try:
         heard = remote.ask(request, deadline_s=FACTS_S)["heard"]
-    except AgentRefused as refused:
-        return None if refused.word == "usage" else str(refused)  # an image of before does not know how
-    silent = [interface for interface, i in instances.items() if str(i.id) not in heard]
-    return f"{listener} hears no VRRP adverts of {speaker} on {', '.join(silent)}" if silent else None
+    except AgentRefused:
+        return set()  # an image of before does not know how to listen
+    return {interface for interface, i in vrrp.instances.items() if str(i.id) not in heard}
 
 
 def _neighbors(running: Running) -> list[dict[str, str]]:
