@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,17 @@ from image.identity import make_identity
 from tests.lab import Lab, Netns, new_lab
 
 INSIDE, OUTSIDE = "0000:00:03.0", "0000:00:04.0"
+# An emulated machine on a busy host takes more than five minutes to get well.
+PATIENT = {"dsnat-healthy.service": "[Service]\nEnvironment=DSNAT_HEALTHY_S=900\n"}
+
+
+def drop_in(unit: str, text: str) -> list[str]:
+    """Words for QEMU that add settings to a unit of the unchanged image."""
+    encoded = base64.b64encode(text.encode()).decode()
+    return [
+        "-smbios",
+        f"type=11,value=io.systemd.credential.binary:systemd.unit-dropin.{unit}~test={encoded}",
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from image.boot import MANAGEMENT_MAC, QEMU, BootError, Machine, one_boot_at_a_t
 from image.build import BUILD, build, ensure_tree, tool
 from image.identity import make_identity
 from image.keys import Keys, make_keys
-from tests.image.conftest import CONFIG, INSIDE, OUTSIDE, Gateway, configure, wired
+from tests.image.conftest import CONFIG, INSIDE, OUTSIDE, PATIENT, Gateway, configure, drop_in, wired
 from tests.lab import Netns, new_lab, run, wait_until
 
 pytestmark = [pytest.mark.image, pytest.mark.scenario]
@@ -31,6 +31,7 @@ def booted(
     queues: int = 1,
     cpus: int = 2,
     iommu: bool = False,
+    extra: tuple[str, ...] = (),
     **more: object,
 ) -> Iterator[Gateway]:
     key = folder / "id"
@@ -46,6 +47,7 @@ def booted(
             cpus=cpus,
             iommu=iommu,
             reboot=True,
+            extra=[*extra, *(word for unit, text in PATIENT.items() for word in drop_in(unit, text))],
             **more,  # type: ignore[arg-type]
         )
         undo.callback(machine.stop)

@@ -8,7 +8,6 @@ update that looks whole and is not well.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from image.build import BUILD, build, tool
 from image.flash import esp_offset
 from image.identity import Identity
 from image.keys import Keys, make_keys
-from tests.image.conftest import wired
+from tests.image.conftest import PATIENT, drop_in, wired
 from tests.lab import Netns, new_lab, run, wait_until
 from tests.provision.test_sshd import FLEET
 
@@ -36,18 +35,11 @@ pytestmark = [pytest.mark.image, pytest.mark.scenario]
 ROOT = Path(__file__).resolve().parents[2]
 OLD, NEW = "0.1.1", "0.1.2"
 PATIENCE_S = 2400
-DROP_INS = {
+DROP_INS = PATIENT | {
     "dsnatd.service": "[Service]\nExecStartPre=/bin/sh -c '! { [ -e /var/lib/dsnat/break-it ] "
     f"&& grep -q ^IMAGE_VERSION=.*{NEW} /usr/lib/os-release; }}'\n",
-    # an emulated machine on a busy host
-    "dsnat-healthy.service": "[Service]\nEnvironment=DSNAT_HEALTHY_S=900\n",
 }
 VERSION = ". /usr/lib/os-release; echo $IMAGE_VERSION"
-
-
-def credential(name: str, text: str) -> list[str]:
-    encoded = base64.b64encode(text.encode()).decode()
-    return ["-smbios", f"type=11,value=io.systemd.credential.binary:{name}={encoded}"]
 
 
 class Gateway:
@@ -61,7 +53,7 @@ class Gateway:
 
     def start(self, undo: ExitStack) -> str:
         self.starts += 1
-        extra = [word for unit, text in DROP_INS.items() for word in self._drop_in(unit, text)]
+        extra = [word for unit, text in DROP_INS.items() for word in drop_in(unit, text)]
         self.machine = Machine(
             self.disk,
             self.folder / f"start-{self.starts}",
@@ -82,10 +74,6 @@ class Gateway:
             ]
             self.fleet.write_text("\n".join([*lines, ""]))
             return str(self.machine.wait_ready(silence_s=300).report["version"])
-
-    @staticmethod
-    def _drop_in(unit: str, text: str) -> list[str]:
-        return credential(f"systemd.unit-dropin.{unit}~test", text)
 
     @staticmethod
     def _management(port: int) -> str:
@@ -285,9 +273,16 @@ def test_a_slot_with_damaged_blocks_does_not_run_and_is_left(place: Place, image
     gateway.translates(client)
 
 
-def test_a_power_cut_while_a_slot_is_written_changes_nothing(place: Place, images: dict[str, Path]) -> None:
+def test_a_power_cut_while_a_slot_is_written_and_a_change_waits_undoes_both(
+    place: Place, images: dict[str, Path]
+) -> None:
     gateway, client, _, machines = place
     send(gateway, images)
+    wanted = gateway.fleet.read_text()
+    gateway.fleet.write_text(wanted.replace("203.0.113.1-203.0.113.4", "203.0.113.8-203.0.113.9"))
+    before = gateway("readlink /var/lib/dsnat/generations/current")
+    print(gateway.dsnat_fleet("push", "--yes", "--no-confirm", "--window", "3600"))
+    assert "203.0.113.8" in gateway("cat /etc/dsnat/dsnatd.yaml")
     gateway("systemd-run --unit=cut dsnat-image update")
 
     def writing() -> bool:
@@ -296,9 +291,12 @@ def test_a_power_cut_while_a_slot_is_written_changes_nothing(place: Place, image
     wait_until("the slot to be written", writing, deadline_s=120)
     gateway.machine._process.kill()  # type: ignore[union-attr]
     gateway.machine.stop()
+    gateway.fleet.write_text(wanted)
     assert gateway.start(machines) == OLD
     gateway.translates(client)
     assert entries(gateway) == {f"gateway_{OLD}.efi"}
+    assert gateway("readlink /var/lib/dsnat/generations/current") == before
+    assert "203.0.113.8" not in gateway("cat /etc/dsnat/dsnatd.yaml")
     gateway("rm -rf /var/updates")
 
 
