@@ -95,6 +95,9 @@ def main() -> int:
     except OSError as failed:
         error = {"kind": "failed", "text": f"on the gateway: {failed}"}
         said = {"protocol": PROTOCOL, "ok": False, "error": error}
+    except (TypeError, ValueError, KeyError) as wrong:  # who asks reads one line, never a traceback
+        error = {"kind": "failed", "text": f"the agent cannot do this: {wrong!r}"}
+        said = {"protocol": PROTOCOL, "ok": False, "error": error}
     with contextlib.suppress(OSError):  # nobody may be listening any more
         sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from provision.agent import Json, Refused
+from provision.agent import PROTOCOL, Json, Refused
 from provision.agent.change import by_hand
 from provision.agent.command import reply
 from provision.agent.look import READING
@@ -406,6 +406,21 @@ def test_the_agent_answers_what_is_not_json_with_an_error(tmp_path: Path) -> Non
     )
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["kind"] == "usage"
+
+
+def test_a_request_of_the_wrong_types_is_answered_in_one_line(tmp_path: Path) -> None:
+    FakeMachine(tmp_path / "dsnat")
+    done = subprocess.run(
+        [sys.executable, ROOT / "provision/agent/__main__.py"],
+        input=json.dumps({"protocol": PROTOCOL, "do": "probe", "addresses": 5}),
+        env={"DSNAT_ROOT": str(tmp_path / "dsnat")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["kind"] == "failed"
+    assert done.stderr == ""
 
 
 def test_a_change_on_the_gateway_itself_is_kept_in_one_go(machine: FakeMachine, alice: Client) -> None:
