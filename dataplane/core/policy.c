@@ -214,14 +214,22 @@ static uint32_t interval_bounds(const struct nat_config *config, uint32_t *bound
 	return kept;
 }
 
-/* Room for all candidate lists: exact, but that a boundary shared by two zones counts twice. Never below the
- * number of boundaries, which are sorted in the same memory. */
+/* Room for all candidate lists: exact, but that a boundary shared by two zones counts twice, unless the two follow each other in the file.
+ * That is where many zones share boundaries: a source with many destinations, prefixes side by side. Never below the number of
+ * boundaries, which are sorted in the same memory. */
 static uint64_t count_candidates(const struct nat_config *config)
 {
 	uint64_t n = candidates_of(config, 0, NULL), bounds = 2 * (uint64_t)config->n_zones + 1;
+	uint32_t first_before = 0, end_before = 0; /* end: behind the last. 0 is counted above */
 	for (uint32_t z = 0; z < config->n_zones; z++) {
-		n += candidates_of(config, prefix_first(&config->zones[z].source), NULL);
-		n += candidates_of(config, prefix_last(&config->zones[z].source) + 1, NULL);
+		const uint32_t first = prefix_first(&config->zones[z].source),
+			       end = prefix_last(&config->zones[z].source) + 1;
+		if (first != first_before && first != end_before)
+			n += candidates_of(config, first, NULL);
+		if (end != end_before)
+			n += candidates_of(config, end, NULL);
+		first_before = first;
+		end_before = end;
 	}
 	return n > bounds ? n : bounds;
 }

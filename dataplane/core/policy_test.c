@@ -16,8 +16,31 @@ static uint32_t by_reading(const struct nat_config *config, uint32_t source, uin
 	return NAT_NO_ZONE;
 }
 
+/* A thousand destinations of one source are one list, not one for each. */
+static void zones_of_one_source_cost_their_number(void)
+{
+	static struct nat_zone_config zone[1000];
+	struct testbed t;
+	testbed_config(&t, 4, 1024, 65535, 1024);
+	const size_t without_bytes = nat_policy_size(&t.config);
+	for (uint32_t z = 0; z < 1000; z++)
+		zone[z] = (struct nat_zone_config){.source = {ADDRESS(100, 64, 0, 0), 10},
+						   .destination = {ADDRESS(192, 0, 2, 0) + z, 32},
+						   .action = NAT_ACTION_PASS};
+	t.config.zones = zone;
+	t.config.n_zones = 1000;
+	assert(nat_policy_size(&t.config) < without_bytes + 1000 * 256);
+	struct nat_policy *policy =
+		nat_policy_init(testbed_memory(nat_policy_size(&t.config)), &t.config, NULL);
+	for (uint32_t z = 0; z < 1000; z++)
+		assert(nat_policy_zone(policy, ADDRESS(100, 64, 1, 2), ADDRESS(192, 0, 2, 0) + z) == z);
+	assert(nat_policy_zone(policy, ADDRESS(100, 64, 1, 2), ADDRESS(192, 0, 2, 0) + 1000) == NAT_NO_ZONE);
+	free(policy);
+}
+
 int main(void)
 {
+	zones_of_one_source_cost_their_number();
 	struct nat_random random = {nat_key_from_seed(3, 't'), 0};
 
 	for (uint32_t round = 0; round < 60; round++) {
