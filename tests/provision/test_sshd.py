@@ -69,7 +69,7 @@ def fleet(gateway: Gateway, *, pool: str = "203.0.113.1-203.0.113.4", window: in
 
 def run(file: Path, *words: str, status: int = 0) -> str:
     argv = [sys.executable, "-m", "provision", "--file", str(file), *words]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == status, f"{done.returncode}: {done.stdout}{done.stderr}"
     return done.stdout + done.stderr
 
