@@ -66,11 +66,14 @@ def busy_share(before: Clock, after: Clock, own: float) -> float:
 
 @contextmanager
 def reserved_pages(wanted: int) -> Iterator[str]:
-    """Reserves `wanted` pages of 2 MB more than there are, then gives them back. Yields what is lacking."""
+    """Reserves `wanted` pages of 2 MB more than there are, then gives so many back, whatever others have
+    reserved meanwhile. Yields what is lacking.
+    """
     before = int(HUGE_PAGES.read_text())
     if os.geteuid():
         yield "not root: huge pages cannot be reserved; run `sudo make bench`"
         return
+    got = 0
     try:
         HUGE_PAGES.write_text(f"{before + wanted}\n")
         got = int(HUGE_PAGES.read_text()) - before
@@ -79,7 +82,7 @@ def reserved_pages(wanted: int) -> Iterator[str]:
         )
         yield lacks
     finally:
-        HUGE_PAGES.write_text(f"{before}\n")
+        HUGE_PAGES.write_text(f"{max(int(HUGE_PAGES.read_text()) - got, 0)}\n")
 
 
 def ahead(*cores: int) -> list[str]:
