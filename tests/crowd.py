@@ -8,7 +8,8 @@ Two processes, so that 11,000 connections fit the descriptors that a process may
 The holder takes commands on its standard input and answers each with a line of JSON:
 
     mark        the measure of darkness begins anew
-    dark        since then the longest time without an answer: worst UDP stream, ping, active connection
+    dark        since then the longest time without an answer: worst UDP stream, ping, active connection; and
+                how long the worst stream has been silent by now, how many active ones have not been heard
     ask         a byte on every TCP connection, and back; how many are lost (reset, ended, silent)
     more N      N idle connections more
 
@@ -281,7 +282,12 @@ class Holder:
                     gaps = [one.worst(now_s, self.since_s) for one in every if one.kind == kind]
                     return round(max(gaps, default=0.0), 3)
 
-                return {"stream": worst("stream"), "ping": worst("ping"), "active": worst("active")}
+                silent = max(
+                    (now_s - one.heard_s for one in self.lines.values() if one.kind == "stream"), default=0
+                )
+                said = {kind: worst(kind) for kind in ("stream", "ping", "active")}
+                waits = sum(one.heard_s < self.since_s for one in self.lines.values() if one.kind == "active")
+                return said | {"silent": round(silent, 3), "waits": waits}
             case ["ask"]:
                 self.ask()
                 tcp = sum(line.kind in ("idle", "active") for line in self.lines.values())
