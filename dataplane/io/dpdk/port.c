@@ -121,10 +121,11 @@ static int start_with(struct port *p, const struct rte_eth_dev_info *info, struc
 		status = rte_eth_dev_start(p->id);
 	if (status || !interrupts)
 		return status;
-	/* Some drivers take the setting and cannot do it (uio has one interrupt for everything). */
+	/* Some drivers take the setting and cannot do it (uio has one interrupt for everything). Is there one at all
+	 * comes first: vmxnet3 takes its number for a place in the device's memory, without a look at it. */
 	for (uint16_t q = 0; q < p->n_queues; q++)
-		if (rte_eth_dev_rx_intr_enable(p->id, q) || rte_eth_dev_rx_intr_disable(p->id, q) ||
-		    rte_eth_dev_rx_intr_ctl_q_get_fd(p->id, q) < 0) {
+		if (rte_eth_dev_rx_intr_ctl_q_get_fd(p->id, q) < 0 || rte_eth_dev_rx_intr_enable(p->id, q) ||
+		    rte_eth_dev_rx_intr_disable(p->id, q)) {
 			rte_eth_dev_stop(p->id);
 			return -ENOTSUP;
 		}
