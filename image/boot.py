@@ -356,7 +356,9 @@ class Machine:
                 command += ["-smbios", f"type=11,value=io.systemd.credential.binary:{name}={encoded}"]
         for number, nic in enumerate(self.nics):
             fds = f"fd={nic.fds[0]}" if len(nic.fds) == 1 else f"fds={':'.join(map(str, nic.fds))}"
-            device = f"{nic.model},netdev=data{number},mac={nic.mac},addr={3 + number:#x},romfile="
+            # the virtual functions of two igb in neighbouring slots would overlap
+            slot = 3 + number * (2 if nic.model == "igb" else 1)
+            device = f"{nic.model},netdev=data{number},mac={nic.mac},addr={slot:#x},romfile="
             if nic.model == "virtio-net-pci":
                 device += ",disable-legacy=on"
                 if self.iommu:
