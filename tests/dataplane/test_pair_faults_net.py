@@ -94,7 +94,7 @@ def test_another_generation_or_spent_ports_lower_the_priority(
                 one.sendto(b"?", (SERVER, 9))
 
     pair.client.inside(spend)
-    assert pair.a.gateway.reason("no_port") > 0
+    wait_until("refusals", lambda: pair.a.gateway.reason("no_port") > 0)
     wait_until("both to say so", lambda: standing(pair) == ("-80", "-80"))
     assert pair.a.is_master()
     assert not pair.b.has(OUTSIDE)
@@ -103,6 +103,7 @@ def test_another_generation_or_spent_ports_lower_the_priority(
     wait_until("the backup to take over", lambda: pair.b.is_master() and pair.b.ours(), deadline_s=30)
     wait_until("the other one to be behind", lambda: standing(pair) == ("-90", "0"))
     pair.client.inside(spend)
+    wait_until("all of them", lambda: pair.b.gateway.counters()["sessions"] == 30)
     assert pair.b.gateway.reason("no_port") == 0
     pair.close()
 
