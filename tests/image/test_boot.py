@@ -60,6 +60,29 @@ def test_a_hopeless_console_fails_at_once_and_is_quoted(
     assert str(machine.serial) in str(caught.value)
 
 
+def test_an_emulated_cpu_that_ran_old_code_is_started_again_once(
+    machine: boot.Machine, guest: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panic = (
+        "Oops: int3: 0000 [#1] PREEMPT SMP NOPTI\nRIP: 0010:sched_clock_cpu+0x9\nKernel panic - not syncing\n"
+    )
+    asked: list[str] = []
+
+    def qmp(command: str, **_: object) -> None:
+        asked.append(command)
+
+    def look() -> str:
+        asked.append("look")
+        return panic * (1 if asked.count("look") < 4 else 2)  # once more, a while after the restart
+
+    monkeypatch.setattr(boot, "kvm_works", lambda: False)
+    monkeypatch.setattr(machine, "qmp", qmp)
+    monkeypatch.setattr(machine, "console", look)
+    with pytest.raises(boot.BootError, match="the console says: Kernel panic"):
+        machine.wait_ready(deadline_s=20)
+    assert [word for word in asked if word != "look"] == ["set-action", "system_reset"]
+
+
 def test_silence_is_a_failure_that_shows_the_last_lines(machine: boot.Machine, guest: socket.socket) -> None:
     machine.serial.write_text("one line\n")
     with pytest.raises(boot.BootError, match="nothing on the console for 1 s") as caught:
