@@ -281,6 +281,8 @@ class Attempt:
 
 def _receipt(kept: Mapping[str, Any]) -> str:
     """The gateway's own record of the change, by which it is found in its journal and history."""
+    if kept.get("receipt") == "":
+        return "but not in the gateway's history, which cannot be written; is its /var full?"
     return f"receipt {kept['receipt'][:16]}" if kept.get("receipt") else ""
 
 

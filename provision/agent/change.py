@@ -120,7 +120,7 @@ def confirm(state: State, request: Json) -> Json:
 
 def keep(state: State, pending: Json, witnesses: Json) -> Json:
     state.forget_pending()  # from here on it stays
-    receipt = state.record("confirmed", pending, witnesses=witnesses)
+    receipt = state.note("confirmed", pending, witnesses=witnesses)
     state.drop_lease()
     with contextlib.suppress(OSError):
         Path("/run/motd.d/dsnat").unlink()

@@ -24,11 +24,15 @@ def write(machine: Machine, path: Path, data: bytes, mode: int = 0o644) -> None:
     """The whole file or none of it."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "wb") as out:
-        os.fchmod(out.fileno(), mode)  # the umask does not decide
-        out.write(data)
-        out.flush()
-        machine.fsync(out.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            os.fchmod(out.fileno(), mode)  # the umask does not decide
+            out.write(data)
+            out.flush()
+            machine.fsync(out.fileno())
+    except OSError:  # a full disk gets no fuller by each try
+        new.unlink(missing_ok=True)
+        raise
     machine.step(f"write {path.name}")
     new.replace(path)
     sync_directory(machine, path.parent)

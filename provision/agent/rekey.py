@@ -92,7 +92,7 @@ def _keep(state: State, request: Json) -> Json:
         public = (machine.identity / f"{KEY}.pub").read_text().strip()
         _forget(state)
         pending: Json = {"owner": line_in(request, "owner"), "plan": "host key"}
-        receipt = state.record("rekeyed", pending, reason=public.split()[1][-16:])
+        receipt = state.note("rekeyed", pending, reason=public.split()[1][-16:])
         return {"public": public, "receipt": receipt}
 
 

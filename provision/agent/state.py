@@ -13,6 +13,7 @@ Reading touches none of them. Whatever writes holds the lock, and writes a whole
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -201,7 +202,9 @@ class State:
         try:
             size = os.fstat(descriptor).st_size
             torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # power went while a line was written
-            os.write(descriptor, b"\n" * bool(torn) + data + b"\n")
+            whole = b"\n" * bool(torn) + data + b"\n"
+            if os.write(descriptor, whole) < len(whole):  # the last block of the disk takes a part of it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.history_file))
             self.machine.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -212,3 +215,16 @@ class State:
             f"plan={line['plan']} tried={tried} receipt={receipt}{why}"
         )
         return receipt
+
+    def note(self, event: str, pending: Json, *, to: int | None = None, **more: Any) -> str:
+        """As `record`, for what has happened already: on a full disk the line is lost and not the deed. An
+        undo would begin again, restarts included; a change would be called failed that is kept. No receipt
+        then: "".
+        """
+        try:
+            return self.record(event, pending, to=to, **more)
+        except OSError as error:
+            tried, owner = pending.get("generation"), pending.get("owner")
+            why = f": {more['reason']}" if "reason" in more else ""
+            self.machine.log(f"{event} tried={tried} owner={owner}, not in the history ({error}){why}")
+            return ""

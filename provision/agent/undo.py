@@ -76,10 +76,7 @@ def put_back(state: State, pending: Json, reason: str, *, act: bool = True) -> J
     else:
         bad = None
     more = {"after": bad} if bad else {}
-    try:
-        state.record("reverted", pending, to=base, reason=reason, **more)
-    except OSError as error:  # a full disk must not make the undo, with its restarts, begin again for ever
-        state.machine.log(f"reverted to generation {base}: {reason}; not in the history: {error}")
+    state.note("reverted", pending, to=base, reason=reason, **more)
     state.forget_pending()
     state.drop_lease()
     state.machine.announce(

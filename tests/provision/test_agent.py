@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from provision.agent.machine import Machine
 from provision.agent.services import actions_between
 from provision.agent.state import State
 from provision.plan import Running
+from provision.push import _receipt as receipt_text
 from tests.provision.machine import Client, FakeMachine, PowerCutError, files, snapshot_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -210,6 +213,38 @@ def test_an_undo_ends_also_when_the_disk_is_full(machine: FakeMachine, alice: Cl
     assert State(machine).pending() is None, "or it begins again each second, restarts of the engine included"
     assert machine.running["dsnatd"] == "engine: a\n"
     assert "undone" in machine.said[-1]
+
+
+def test_a_change_that_is_confirmed_on_a_full_disk_is_kept_and_answered_without_a_receipt(
+    machine: FakeMachine, alice: Client
+) -> None:
+    alice.apply(alice.stage("a"))
+    machine.full = True
+    kept = alice.confirm(1)
+    assert (kept["state"], kept["receipt"]) == ("confirmed", "")
+    assert "history" in receipt_text(kept), "who pushes is told"
+    machine.now += 3600
+    machine.undo_runs()
+    assert machine.live() == 1
+    assert machine.running["dsnatd"] == "engine: a\n"
+    machine.full = False
+    Client(machine, "bob").push("b")  # the lease was given back
+
+
+def test_a_file_that_does_not_fit_leaves_no_part_of_it_behind(
+    machine: FakeMachine, alice: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = snapshot_of(machine.root)
+    monkeypatch.setattr(machine, "fsync", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            alice.stage("a")
+        with pytest.raises(OSError, match="No space left"):
+            State(machine).hold_lease("alice")
+    assert snapshot_of(machine.root) == before
 
 
 def test_a_generation_that_was_edited_after_staging_is_not_applied(
