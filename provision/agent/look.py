@@ -14,14 +14,19 @@ from .routing import routing_facts
 from .services import BGP
 from .state import State
 
-WORD = r"[A-Za-z0-9_.:/@=,-]+"
+# No word is a path, and every option is on a list: these commands run as root, for people who may not read
+# every file, or talk to another socket, network namespace or machine by a short or shortened option.
+WORD = r"[A-Za-z0-9][A-Za-z0-9_.:@,-]*(/[0-9]{1,3})?"
+ASKED = "host|remote|outside|protocol|state|pool|older-s|younger-s|limit|seconds|flags|size|ttl"
 READING = (
-    rf"dsnatctl (show|who|explain|rfc)( {WORD})*",
-    rf"ip( -[a-z0-9]+)* (address|addr|route|rule|neigh|neighbour|link)( show( {WORD})*)?",
+    rf"dsnatctl (show|who|explain|rfc)( {WORD}| --json| --dont-fragment| --({ASKED})[ =]{WORD})*",
+    rf"ip( -(j|json|s|d|o|br|brief|4|6))* (address|addr|route|rule|neigh|neighbour|link)( show( {WORD})*)?",
     rf"birdc -r show (protocols|route|status|bfd sessions)( {WORD})*",
-    rf"systemctl (status|is-active|is-failed|show|list-units|list-timers)( {WORD})*",
-    rf"networkctl (list|status)( {WORD})*",
-    r"journalctl( (-b|-k|--no-pager|-n \d+|-u [A-Za-z0-9_.@-]+))*",
+    r"systemctl (status|is-active|is-failed|show|list-units|list-timers)"
+    rf"( {WORD}| -[al]| -p [A-Za-z,]+| -n [0-9]+| --(all|failed|full|no-pager|value)"
+    r"| --(property|state|type)=[A-Za-z,-]+)*",
+    rf"networkctl (list|status)( {WORD}| -[as]| --(all|stats|no-pager))*",
+    r"journalctl( (-b|-k|--no-pager|-n [0-9]+|-u [A-Za-z0-9_.@-]+))*",
     r"(dsnatd|keepalived) --version",
     r"uptime|uname -a|df|free|nproc",
 )
@@ -144,7 +149,8 @@ def execute(state: State, request: Json) -> Json:
     argv = request.get("argv")
     if not isinstance(argv, list) or not all(isinstance(word, str) for word in argv) or not argv:
         raise Refused("usage", "the request holds no command")
-    if not any(re.fullmatch(pattern, " ".join(argv)) for pattern in READING):
+    one_word_each = all(re.fullmatch(r"\S+", word) for word in argv)
+    if not one_word_each or not any(re.fullmatch(pattern, " ".join(argv)) for pattern in READING):
         raise Refused("usage", f"{' '.join(argv)} is not one of the commands that only read")
     status, output = state.machine.run(argv, 20.0)
     return {"status": status, "output": output}
