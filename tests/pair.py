@@ -30,6 +30,7 @@ INSIDE, OUTSIDE = "100.64.0.1", "198.51.100.1"
 POOL = "198.51.100.200"
 KEY = "8f3c" * 16
 SYNC = "192.0.2."
+TEMPLATE = Path(__file__).parent.parent / "provision/templates/keepalived.conf.j2"
 TUNSETQUEUE, IFF_MULTI_QUEUE, IFF_DETACH_QUEUE = 0x400454D9, 0x0100, 0x0400
 
 REST = f"""\
@@ -44,6 +45,7 @@ HEAD = """\
 global_defs {{
   router_id {name}
   vrrp_version 3
+{scheduling}
 }}
 track_file drain {{
   file {drain}
@@ -95,10 +97,18 @@ class Group:
 ONE = Group("one", INSIDE, OUTSIDE, 51)
 
 
+def scheduling() -> str:
+    """How the fleet tool's template has keepalived scheduled."""
+    lines = TEMPLATE.read_text().splitlines()
+    found = [line for line in lines if re.match(r"\s+vrrp_(rt|rlimit|no_swap)", line)]
+    assert found, f"{TEMPLATE} no longer says how keepalived is scheduled"
+    return "\n".join(found)
+
+
 def keepalived_text(
     name: str, groups: Sequence[Group], *, advert_s: float, drain: Path, standing: Path
 ) -> str:
-    text = HEAD.format(name=name, drain=drain, standing=standing)
+    text = HEAD.format(name=name, drain=drain, standing=standing, scheduling=scheduling())
     for group in groups:
         text += GROUP.format(group=group.name)
         for number, (side, address) in enumerate((("inside", group.inside), ("outside", group.outside))):
