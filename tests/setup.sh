@@ -33,6 +33,7 @@ services=(nginx:nginx keepalived:keepalived bird2:bird openssh-server:ssh nfdump
 
 packages_need_mib=3000 # in /, for all packages on a bare system
 tree_needs_mib=6000    # in the checkout: tools tree, package cache, image, logs
+venv_needs_mib=1000    # in the checkout: only .venv is made again
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { local status=$1; shift; printf 'setup: %s\n' "$*" >&2; exit "$status"; }
@@ -82,7 +83,6 @@ make_venv() {
 }
 
 [ -x /usr/bin/dpkg-query ] || die 5 "this is not a Debian system; run it on Debian 12 or 13"
-if [ ! -d .build ]; then enough_space . "$tree_needs_mib" "building the gateway"; fi
 mkdir -p .build
 if [ ! -w .build ] || { [ -e .build/setup.lock ] && [ ! -w .build/setup.lock ]; }; then
 	die 1 ".build is $(stat -c %U .build)'s and you are $(id -un); run as $(stat -c %U .build), or begin anew with: sudo rm -rf .build .venv"
@@ -91,6 +91,16 @@ exec 9>.build/setup.lock
 if ! flock -n 9; then # two makes at once: the second finds everything done
 	say "waits for another set-up of this checkout to end"
 	flock 9
+fi
+
+# Asked for by what is still to be made; what an earlier set-up left, perhaps half of it, counts as had.
+venv_stamp() { sha256sum provision/requirements.lock pyproject.toml tests/setup.sh /usr/bin/python3 2>/dev/null | sha256sum; }
+venv_is_old() { [ "$(cat .build/setup.stamp 2>/dev/null)" != "$(venv_stamp)" ] || [ ! -x .venv/bin/pytest ]; }
+tools_are_missing() { [ ! -e .build/tools/etc/dsnat-tools ] && [ "$(id -u)" -eq 0 ]; }
+if tools_are_missing || [ ! -e .build/setup.stamp ]; then
+	enough_space . "$((tree_needs_mib - $(du -sm .build | cut -f 1)))" "building the gateway"
+elif venv_is_old; then
+	enough_space . "$venv_needs_mib" "the Python environment"
 fi
 
 mapfile -t missing < <(missing_packages)
@@ -103,15 +113,14 @@ if [ "${#missing[@]}" -gt 0 ]; then
 fi
 
 /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die 5 "/usr/bin/python3 is older than 3.11; run it on Debian 12 or 13"
-wanted=$(sha256sum provision/requirements.lock pyproject.toml tests/setup.sh /usr/bin/python3 | sha256sum)
-if [ "$(cat .build/setup.stamp 2>/dev/null)" != "$wanted" ] || [ ! -x .venv/bin/pytest ]; then
+if venv_is_old; then
 	say "will make the Python environment .venv from provision/requirements.lock"
 	make_venv
-	printf '%s\n' "$wanted" >.build/setup.stamp
+	venv_stamp >.build/setup.stamp
 	say "Python environment ready (${SECONDS} s)"
 fi
 
-if [ ! -e .build/tools/etc/dsnat-tools ] && [ "$(id -u)" -eq 0 ]; then
+if tools_are_missing; then
 	say "will make the image tools in .build/tools"
 	.venv/bin/python -m image.build --tools-only || die 1 "the image tools could not be made; mend what it says and run again"
 	say "image tools ready (${SECONDS} s)"

@@ -51,6 +51,20 @@ def test_too_little_disk_space_is_noticed_before_anything_is_installed(clone: Pa
     assert "called" not in done.stderr
 
 
+def test_disk_space_is_looked_at_also_where_an_earlier_set_up_left_off(clone: Path) -> None:
+    (clone / ".build/tools").mkdir(parents=True)
+    done = setup(
+        clone,
+        df="printf 'Avail\\n  120\\n'",
+        du="printf '2000\\t.build\\n'",
+        apt_get="echo called >&2; exit 1",
+        id="echo 0",
+    )
+    assert done.returncode == 4
+    assert "120 MiB free but building the gateway needs 4000 MiB" in done.stderr
+    assert "called" not in done.stderr
+
+
 def test_what_root_has_built_is_not_a_riddle_to_who_comes_after(clone: Path) -> None:
     lock = clone / ".build/setup.lock"
     lock.parent.mkdir()
