@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -41,9 +42,11 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from image.build import PROFILES, BuildError, image_path, tool
 from image.identity import Identity, make_identity
+from provision.load import replace_text
 
 BLKFLSBUF = 0x1261
 BLKRRPART = 0x125F
@@ -340,6 +343,8 @@ def record_host_key(fleet: Path, gateway: str, public: str, *, only_check: bool 
         entry = document["gateways"][gateway]
     except OSError as error:
         raise refused(f"{fleet}: {error.strerror}; name the fleet file with --fleet") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise refused(f"{fleet} is not valid YAML; dsnat-fleet validate says where") from error
     except (KeyError, TypeError) as error:
         raise refused(
             f"{fleet} has no gateway {gateway}; add it first, its host_key is filled in by this command"
@@ -347,10 +352,9 @@ def record_host_key(fleet: Path, gateway: str, public: str, *, only_check: bool 
     if only_check:
         return
     entry["host_key"] = " ".join(public.split()[:2])
-    fresh = fleet.with_name(f".{fleet.name}.new")
-    with fresh.open("w") as out:
-        yaml.dump(document, out)
-    fresh.replace(fleet)
+    text = io.StringIO()
+    yaml.dump(document, text)
+    replace_text(fleet, text.getvalue())
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 
 from provision import slices
+from provision.load import replace_text
 from provision.model import Fleet, span
 from provision.plan import Running
 from provision.render import ENGINE
@@ -283,7 +284,5 @@ def keep_slices(path: Path, fleet: Fleet) -> bool:
     text = slices_text(fleet)
     if path.exists() and path.read_text() == text:
         return False
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    new.replace(path)
+    replace_text(path, text)
     return True

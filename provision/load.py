@@ -148,6 +148,16 @@ def slices_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.slices.yaml")
 
 
+def replace_text(path: Path, text: str) -> None:
+    """The whole new text or the old one. A link stays a link: what it leads to is replaced."""
+    path = path.resolve()
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    if path.exists():
+        new.chmod(path.stat().st_mode & 0o777)
+    new.replace(path)
+
+
 def _read(
     path: Path, texts: dict[str, list[str]], problems: list[Problem], seen: list[Path]
 ) -> MappingNode | None:

@@ -77,7 +77,7 @@ def slices(options: Options, lost: tuple[str, ...]) -> None:
     from provision import show
     from provision import slices as arithmetic
     from provision.cluster import keep_slices
-    from provision.load import load, slices_file
+    from provision.load import load, replace_text, slices_file
 
     kept = slices_file(options.file)
     if lost:
@@ -90,7 +90,8 @@ def slices(options: Options, lost: tuple[str, ...]) -> None:
                 text = f"{member} is still in {options.file}; take it out, or give it weight: 0"
                 raise Exit(INVALID, text)
         lines = kept.read_text().splitlines(keepends=True)
-        kept.write_text("".join(line for line in lines if line.strip().partition(":")[0] not in lost))
+        left = "".join(line for line in lines if line.strip().partition(":")[0] not in lost)
+        replace_text(kept, left)
     fleet = read(options)
     if lost:
         keep_slices(kept, fleet)

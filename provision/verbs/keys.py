@@ -142,6 +142,7 @@ def _rotate_all(
 
 
 def _rotate_one(options: Options, fleet: Fleet, name: str, place: Path, owner: str, window_s: int) -> str:
+    from provision.load import replace_text
     from provision.push import FACTS_S, dialer
     from provision.ssh import GatewayError, Unreachable
 
@@ -156,7 +157,7 @@ def _rotate_one(options: Options, fleet: Fleet, name: str, place: Path, owner: s
     before = place.read_text()
     # Written before it is kept: when the tool dies in between, the gateway goes back by itself and version
     # control has the old line; the other way round the only copy of the new key would be lost.
-    _replace(place, before.replace(old, new))
+    replace_text(place, before.replace(old, new))
     try:
         end = time.monotonic() + window_s / 2
         while True:
@@ -169,16 +170,9 @@ def _rotate_one(options: Options, fleet: Fleet, name: str, place: Path, owner: s
                     raise
                 time.sleep(0.5)
     except GatewayError:
-        _replace(place, before)
+        replace_text(place, before)
         raise
     return new
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    new.chmod(path.stat().st_mode & 0o777)
-    new.replace(path)
 
 
 def fingerprint(key: str) -> str:

@@ -147,10 +147,14 @@ def test_an_image_without_a_block_map_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_host_key_goes_into_the_inventory_and_remarks_stay(tmp_path: Path) -> None:
-    fleet = tmp_path / "fleet.yaml"
-    fleet.write_text("gateways:\n  gw1:  # in the cellar\n    host_key: ssh-ed25519 OLD\n")
+    kept, fleet = tmp_path / "kept.yaml", tmp_path / "fleet.yaml"
+    kept.write_text("gateways:\n  gw1:  # in the cellar\n    host_key: ssh-ed25519 OLD\n")
+    kept.chmod(0o640)
+    fleet.symlink_to(kept)
     flash.record_host_key(fleet, "gw1", "ssh-ed25519 NEW someone@somewhere\n")
-    assert fleet.read_text() == "gateways:\n  gw1:  # in the cellar\n    host_key: ssh-ed25519 NEW\n"
+    assert fleet.is_symlink(), "a file that is kept elsewhere stays there"
+    assert kept.stat().st_mode & 0o777 == 0o640
+    assert kept.read_text() == "gateways:\n  gw1:  # in the cellar\n    host_key: ssh-ed25519 NEW\n"
 
 
 def test_a_gateway_that_the_inventory_does_not_know_is_refused_before_anything_is_written(
@@ -159,4 +163,11 @@ def test_a_gateway_that_the_inventory_does_not_know_is_refused_before_anything_i
     fleet = tmp_path / "fleet.yaml"
     fleet.write_text("gateways: {}\n")
     with pytest.raises(flash.FlashError, match="has no gateway gw1; add it first"):
+        flash.record_host_key(fleet, "gw1", "", only_check=True)
+
+
+def test_an_inventory_that_is_no_yaml_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text("gateways: {\n")
+    with pytest.raises(flash.FlashError, match="is not valid YAML"):
         flash.record_host_key(fleet, "gw1", "", only_check=True)
