@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from dsnatctl.__main__ import parser
+from dsnatctl.arguments import parser
 
 FILES = """\
 .SH FILES

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from dsnatctl import support, top, words
-from dsnatctl.__main__ import parser
+from dsnatctl.arguments import parser
 from tests.packet import udp
 from tests.replay import Bench
 
@@ -195,7 +195,7 @@ def test_every_verb_is_in_the_readme() -> None:
 
 
 def test_no_module_that_a_verb_does_not_need_is_loaded_at_the_start() -> None:
-    code = "import sys; from dsnatctl.__main__ import parser; parser(); print(*sys.modules)"
+    code = "import sys; import dsnatctl.__main__ as start; start.parser(); print(*sys.modules)"
     root = str(Path(words.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", code],
