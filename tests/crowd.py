@@ -3,7 +3,7 @@
 Two processes, so that 11,000 connections fit the descriptors that a process may have. `Crowd` starts both:
 
     python -m tests.crowd serve ADDRESS PORT          echoes; tells UDP streams the source that it sees
-    python -m tests.crowd hold ADDRESS PORT IDLE ACTIVE STREAMS PINGS
+    python -m tests.crowd hold ADDRESS PORT IDLE ACTIVE STREAMS PINGS PERIOD_S
 
 The holder takes commands on its standard input and answers each with a line of JSON:
 
@@ -13,9 +13,9 @@ The holder takes commands on its standard input and answers each with a line of 
     ask         a byte on every TCP connection, and back; how many are lost (reset, ended, silent)
     more N      N idle connections more
 
-Darkness is per stream, so a gap of one of them is seen. An active connection asks again PERIOD_S after each
-answer, a stream each STREAM_S whether or not the last one was answered; a stream whose source has changed at
-the server has lost its session, and counts as moved.
+Darkness is per stream, so a gap of one of them is seen. An active connection asks again PERIOD_S after
+each answer, a stream each STREAM_S whether or not the last one was answered; a stream whose source has
+changed at the server has lost its session, and counts as moved.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from typing import Any
 from tests.lab import LabError, Netns
 
 ROOT = Path(__file__).resolve().parents[1]
-PERIOD_S = 0.5
+PERIOD_S = 0.5  # unless told
 STREAM_S = 0.01
 AT_ONCE = 64  # connections being opened
 SILENT_S = 60
@@ -122,8 +122,8 @@ def checksum(data: bytes) -> int:
 
 
 class Holder:
-    def __init__(self, server: tuple[str, int]) -> None:
-        self.server = server
+    def __init__(self, server: tuple[str, int], period_s: float) -> None:
+        self.server, self.period_s = server, period_s
         self.poll = select.epoll()
         self.sockets: dict[int, socket.socket] = {}
         self.lines: dict[int, Line] = {}
@@ -164,7 +164,7 @@ class Holder:
                 self.lines[fd] = Line(kind, time.monotonic())
                 self.poll.register(one, select.EPOLLIN)
                 if kind == "active":
-                    self.due.append((time.monotonic() + PERIOD_S * (up % 100) / 100, fd))
+                    self.due.append((time.monotonic() + self.period_s * (up % 100) / 100, fd))
         self.due.sort()
         self.lost += ["not opened in two minutes"] * (len(wanted) + len(opening))
         return up
@@ -254,7 +254,7 @@ class Holder:
         line.hears(now_s, self.since_s)
         self.asked.discard(fd)
         if line.kind == "active":
-            self.due.append((now_s + PERIOD_S, fd))
+            self.due.append((now_s + self.period_s, fd))
 
     def round(self) -> None:
         for fd, _ in self.poll.poll(0.002):
@@ -317,9 +317,9 @@ class Holder:
             self.lose(fd, f"silent for {SILENT_S} s")
 
 
-def hold(server: tuple[str, int], idle: int, active: int, streams: int, pings: int) -> None:
+def hold(server: tuple[str, int], period_s: float, idle: int, active: int, streams: int, pings: int) -> None:
     more_descriptors()
-    holder = Holder(server)
+    holder = Holder(server, period_s)
     up = holder.open(idle, active)
     holder.open_streams(streams, pings)
     print(json.dumps({"up": up}), flush=True)
@@ -345,6 +345,7 @@ class Crowd:
         active: int,
         streams: int = 10,
         pings: int = 2,
+        period_s: float = PERIOD_S,
     ) -> None:
         self.of = idle + active
         self.server = server.start(
@@ -352,7 +353,7 @@ class Crowd:
             log="crowd-server.log",
         )  # fmt: skip
         server.wait_for_listener(self.server, port)
-        words = ("hold", address, *map(str, (port, idle, active, streams, pings)))
+        words = ("hold", address, *map(str, (port, idle, active, streams, pings, period_s)))
         self.process = subprocess.Popen(
             client.argv("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.crowd", *words),
             stdin=subprocess.PIPE,
@@ -390,7 +391,7 @@ class Crowd:
 def main(words: list[str]) -> None:
     jobs: dict[str, Callable[[], None]] = {
         "serve": lambda: serve(words[1], int(words[2])),
-        "hold": lambda: hold((words[1], int(words[2])), *map(int, words[3:7])),
+        "hold": lambda: hold((words[1], int(words[2])), float(words[7]), *map(int, words[3:7])),
     }
     jobs[words[0]]()
 
