@@ -9,13 +9,12 @@ Exit status: 0 done, 1 the engine refused or a command failed, 2 wrong usage or 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 
-from dsnatctl.answer import FAILED, INTERRUPTED, UNREACHABLE, USAGE, UsageError
+from dsnatctl.answer import FAILED, INTERRUPTED, UNREACHABLE, USAGE, UsageError, hush
 from dsnatctl.arguments import parser
-from dsnatctl.client import Refused, Unreachable
+from dsnatctl.client import STRANGE, Refused, Unreachable, strange
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,15 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dsnatctl: {error}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:
-        # the reader (head, less) has seen enough; nothing may be written at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        hush()  # the reader (head, less) has seen enough
         return 0
     except OSError as error:
         print(f"dsnatctl: what was asked for cannot be written ({error.strerror})", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # at exit either
+        hush()
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
+    except STRANGE as error:
+        if arguments.debug:
+            raise
+        print(f"dsnatctl: {strange(arguments.socket, error)}", file=sys.stderr)
+        return UNREACHABLE
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--socket", default=SOCKET, metavar="PATH", help=f"default {SOCKET}")
     common.add_argument("--json", action="store_true", help="the engine's answer as JSON")
+    common.add_argument("--debug", action="store_true", help="a traceback for an answer that cannot be read")
     top = argparse.ArgumentParser(
         prog="dsnatctl",
         description="Ask the NAT engine, and tell it what to do.",

@@ -11,6 +11,14 @@ from typing import Any
 SOCKET = "/run/dsnatd/control.sock"
 Json = dict[str, Any]
 
+# What reading an answer raises that dsnatd would not have given: another program listens, or another version.
+STRANGE = (LookupError, TypeError, AttributeError, ValueError)
+
+
+def strange(path: str, error: Exception) -> str:
+    what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return f"the answer on {path} is not one of this version's dsnatd ({what}); give another --socket"
+
 
 class Unreachable(Exception):
     """There is no engine to talk to, or it stopped talking."""
@@ -72,8 +80,10 @@ class Engine:
             answer = json.loads(line)
         except ValueError as error:
             raise Unreachable(f"what answers on {self.path} is not dsnatd; give another --socket") from error
-        if not isinstance(answer, dict) or not answer.get("ok"):
-            raise Refused(answer if isinstance(answer, dict) else {})
+        if not isinstance(answer, dict) or "ok" not in answer:
+            raise Unreachable(f"what answers on {self.path} is not dsnatd; give another --socket")
+        if not answer["ok"]:
+            raise Refused(answer)
         return answer
 
     def pages(self, **request: Any) -> Iterator[Json]:

@@ -17,7 +17,8 @@ text to the agent, which makes it the next generation (owner "ipvsadm"). So a re
 drift` names it, and a plan made before it is stale. An address is in one pool only: when a second zone is
 given an address that a pool has already, the zone joins that pool, and is told so.
 
-Exit status: 0 done, 2 wrong usage, 3 the engine cannot be reached, 255 refused (as the original's -1).
+Exit status: 0 done, 2 wrong usage, 3 the engine cannot be reached, 130 interrupted, 255 refused (as the
+original's -1).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dsnatctl import listing
-from dsnatctl.client import SOCKET, Engine, Refused, Unreachable
+from dsnatctl.answer import INTERRUPTED, hush
+from dsnatctl.client import SOCKET, STRANGE, Engine, Refused, Unreachable, strange
 from dsnatctl.listing import ANYBODY, PROTOCOLS, SERVICE, TIMEOUTS
 from dsnatctl.rules import CommandError, Rules, parse_laddr, parse_zone
 
@@ -314,6 +316,7 @@ def main(
         with Engine(socket_path) as engine:
             for line in run(words, engine, save=save, lines=iter(sys.stdin)):
                 print(line, file=sys.stderr if line.startswith("ipvsadm: ") else sys.stdout)
+        sys.stdout.flush()
         return 0
     except UsageError as error:
         print(f"ipvsadm: {error}", file=sys.stderr)
@@ -324,6 +327,18 @@ def main(
     except Unreachable as error:
         print(f"ipvsadm: {error}", file=sys.stderr)
         return UNREACHABLE
+    except STRANGE as error:
+        print(f"ipvsadm: {strange(socket_path, error)}", file=sys.stderr)
+        return UNREACHABLE
+    except BrokenPipeError:
+        hush()  # the reader (head, less) has seen enough
+        return 0
+    except OSError as error:
+        print(f"ipvsadm: what was asked for cannot be written ({error.strerror})", file=sys.stderr)
+        hush()
+        return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from dsnatctl.client import Engine, Json, Refused, Unreachable
+from dsnatctl.client import STRANGE, Engine, Json, Refused, Unreachable, strange
 
 ADDRESSES_MAX = 1024
 ZONES_MAX = 1024
@@ -94,10 +94,10 @@ def page(answers: Mapping[str, Json]) -> str:
     return out.text()
 
 
-def down(error: Exception) -> str:
+def down(why: str) -> str:
     out = Page()
     out.gauge("dsnat_up", "1 when the engine answers.", 0)
-    return f"# {error}\n{out.text()}"
+    return f"# {why}\n{out.text()}"
 
 
 def _status(out: Page, status: Json) -> None:
@@ -278,7 +278,9 @@ def scrape(path: str) -> str:
             *answers, status = engine.ask_all([*requests, {"cmd": "status"}])
             return page({"status": status, **dict(zip(shows, answers, strict=True))})
     except (Unreachable, Refused) as error:
-        return down(error)
+        return down(str(error))
+    except STRANGE as error:
+        return down(strange(path, error))
 
 
 class Server(ThreadingHTTPServer):

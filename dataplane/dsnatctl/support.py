@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dsnatctl.client import Engine, Json, Refused, Unreachable
+from dsnatctl.client import STRANGE, Engine, Json, Refused, Unreachable, strange
 
 UNITS = ("dsnatd", "dsnat-nic", "dsnat-failclosed", "dsnat-metrics", "keepalived", "systemd-networkd")
 SHOWS = ("counters", "workers", "pools", "destinations", "zones", "ports", "config")
@@ -125,6 +125,8 @@ def engine_answers(archive: Archive, path: str, *, sessions: bool) -> None:
                 archive.put("engine/sessions.json", json.dumps(found))
     except Unreachable as error:
         archive.lacks("engine", str(error))
+    except STRANGE as error:
+        archive.lacks("engine/sessions.json", strange(path, error))
 
 
 def configuration(archive: Archive, config: str) -> None:
