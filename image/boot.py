@@ -15,8 +15,6 @@ Waiting is by progress and not by the clock alone: a boot fails at once when the
 emergency mode or a unit that failed, and otherwise after 120 s without a sign of life; the error carries
 the console's last lines.
 
-/dev/kvm may exist and not work (it opens, then hangs), so once per machine something tiny is booted with it.
-
 Exit status: 0 ended by the operator or, with --check, ready; 1 did not get ready; 2 wrong usage; 3
 something is missing.
 """
@@ -24,20 +22,17 @@ something is missing.
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import fcntl
 import json
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,26 +42,11 @@ from typing import Any, Self
 
 from image.build import BUILD, PROFILES, BuildError, image_path
 from image.identity import Identity, make_identity
+from image.kvm import kvm_works
+from image.qemu import QEMU, BootError, NeedsError, check_needs, command_of, quoted
 
-QEMU = "qemu-system-x86_64"
-FIRMWARE_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
-FIRMWARE_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 MANAGEMENT_MAC = "52:54:00:d5:00:02"
-READY_PORT = "org.dsnat.ready"
 
-# Progress on the console in place of silence, and time enough for an emulated CPU. A signed UKI under
-# Secure Boot ignores this; elsewhere the stub adds it to the command line.
-EXTRA_COMMAND_LINE = (
-    "systemd.show_status=yes systemd.default_timeout_start_sec=300 systemd.default_device_timeout_sec=300 "
-    "mitigations=off"
-)
-# An emulated guest's TSC is that of the host and good, but the kernel measures it against ticks that come
-# late and gives it up for the ACPI timer. That one wraps every 4.7 s: guests of a host that was busy for
-# longer were seen with a clock that went in circles, for good.
-TCG_COMMAND_LINE = " tsc=reliable"
-# Without cmpxchg16b: the guest's kernel was seen to fault twice in kmem_cache_alloc right behind one, the low
-# bits of its pointer in place of the flags. The emulation is the suspect; the kernel can do without.
-TCG_CPU = "max,-cx16"
 HOPELESS = re.compile(
     r"Kernel panic|You are in emergency mode|Failed to start|Failed to mount|\[FAILED\]"
     r"|verity: .*corrupted|BdsDxe: No bootable option|No bootable device"
@@ -78,72 +58,9 @@ STALE_CODE = "Oops: int3"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|[\r\x00-\x08\x0b-\x1f]")
 
 LOOK_S = 1.0  # between two looks at a guest's console
-KVM_S = 5.0  # a working KVM needs far less for seven instructions
 
 EXIT_FAILED = 1
 EXIT_NEEDS = 3
-
-
-class BootError(Exception):
-    """A machine that could not be started or did not get ready; the text ends with the console's last
-    lines.
-    """
-
-
-class NeedsError(Exception):
-    """This host lacks something; the text says what to do."""
-
-
-# --- KVM or not -----------------------------------------------------------------------------------
-
-
-def kvm_works(memory: Path = BUILD / "kvm.json") -> bool:
-    """Boot seven instructions with KVM, at most once for a kernel and a QEMU: on some hosts the first one
-    hangs.
-    """
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return False
-    qemu = shutil.which(QEMU)
-    if qemu is None:
-        return False
-    key = f"{os.uname().release} {Path(qemu).stat().st_mtime_ns}"
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(memory.read_text())
-        if known["key"] == key:
-            return bool(known["works"])
-    # mov al,42; out 0xf4,al; hlt; jmp back. The debug device makes QEMU exit with 2 * 42 + 1.
-    sector = bytes.fromhex("b02ae6f4f4ebfd").ljust(510, b"\0") + b"\x55\xaa"
-    with tempfile.NamedTemporaryFile(prefix="dsnat-kvm-") as disk:
-        disk.write(sector)
-        disk.flush()
-        command = [
-            QEMU,
-            "-accel",
-            "kvm",
-            "-cpu",
-            "host",
-            "-m",
-            "32",
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-device",
-            "isa-debug-exit,iobase=0xf4",
-            "-drive",
-            f"file={disk.name},format=raw,readonly=on",
-        ]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as vm:
-            try:
-                works = vm.wait(KVM_S) == 85
-            except subprocess.TimeoutExpired:
-                vm.kill()
-                works = False
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    memory.write_text(json.dumps({"key": key, "works": works}) + "\n")
-    return works
 
 
 # --- a data NIC -----------------------------------------------------------------------------------
@@ -211,6 +128,7 @@ class Machine:
     disk_gib: int = 4
     disk: Path | None = None  # boot this disk or file and keep what is written; no overlay of `image`
     management: bool = True  # False: no management NIC, nobody can log in
+    management_mac: str = MANAGEMENT_MAC
     reboot: bool = False  # False: QEMU ends when the guest reboots, so that a panic is seen
     outlive_us: bool = False
     extra: Sequence[str] = ()
@@ -257,11 +175,11 @@ class Machine:
             self._ready, ready_end = socket.socketpair()
             for ours in (self._qmp, self._ready):
                 undo.callback(ours.close)
-            command = self._command(overlay, qmp_end.fileno(), ready_end.fileno())
+            command = command_of(self, overlay, qmp_end.fileno(), ready_end.fileno(), kvm=kvm_works())
             fds = [qmp_end.fileno(), ready_end.fileno(), *(fd for nic in self.nics for fd in nic.fds)]
             (self.folder / "qemu.sh").write_text(
                 "#!/bin/sh\n# how it was started; file descriptors are the starter's\nexec "
-                + " \\\n\t".join(map(_quoted, command))
+                + " \\\n\t".join(map(quoted, command))
                 + "\n"
             )
             self.started = time.monotonic()
@@ -283,99 +201,6 @@ class Machine:
             if self.management:
                 self.ssh_port = self._forwarded_port()
             self._undo = undo.pop_all()
-
-    def _command(self, overlay: Path, qmp_fd: int, ready_fd: int) -> list[str]:
-        if kvm_works():
-            accelerator = ["-accel", "kvm", "-cpu", "host"]
-            extra_command_line = EXTRA_COMMAND_LINE
-        else:
-            accelerator = ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", TCG_CPU]
-            extra_command_line = EXTRA_COMMAND_LINE + TCG_COMMAND_LINE
-        command = [] if self.outlive_us else ["setpriv", "--pdeathsig", "KILL"]
-        command += [
-            *self.qemu,
-            "-name",
-            self.folder.name,
-            "-M",
-            "q35,hpet=off" + (",kernel-irqchip=split" if self.iommu else ""),
-            *accelerator,
-            "-smp",
-            str(self.cpus),
-            "-m",
-            str(self.memory_mib),
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-chardev",
-            f"socket,id=qmp,fd={qmp_fd}",
-            "-mon",
-            "chardev=qmp,mode=control",
-            "-chardev",
-            f"file,id=serial,path={self.serial},append=on",
-            "-serial",
-            "chardev:serial",
-            "-global",
-            "ICH9-LPC.disable_s3=1",
-            "-object",
-            "rng-random,id=rng,filename=/dev/urandom",
-            "-device",
-            "virtio-rng-pci,rng=rng,addr=0x10",
-        ]
-        if not self.reboot:
-            command.append("-no-reboot")
-        if self.iommu:
-            command += ["-device", "intel-iommu,intremap=on,device-iotlb=on"]
-        if self.firmware:
-            variables = self.folder / "firmware-vars.fd"
-            shutil.copyfile(FIRMWARE_VARS, variables)
-            command += [
-                "-drive",
-                f"if=pflash,format=raw,unit=0,readonly=on,file={FIRMWARE_CODE}",
-                "-drive",
-                f"if=pflash,format=raw,unit=1,file={variables}",
-            ]
-        else:
-            stem = self.image.with_suffix("")
-            line = f"{kernel_command_line(Path(f'{stem}.efi'))} {extra_command_line}"
-            command += ["-kernel", f"{stem}.vmlinuz", "-initrd", f"{stem}.initrd", "-append", line]
-        command += [
-            "-drive",
-            # what a guest has flushed to a disk that is kept survives the end of QEMU
-            f"if=none,id=disk,file={overlay},format=qcow2,discard=unmap,cache=unsafe"
-            if self.disk is None
-            else f"if=none,id=disk,file={self.disk},format=raw,discard=unmap,cache=writeback",
-            "-device",
-            "virtio-blk-pci,drive=disk,bootindex=1,addr=0x11",
-            "-device",
-            "virtio-serial-pci,addr=0x12",
-            "-chardev",
-            f"socket,id=ready,fd={ready_fd}",
-            "-device",
-            f"virtserialport,chardev=ready,name={READY_PORT}",
-            "-smbios",
-            f"type=11,value=io.systemd.stub.kernel-cmdline-extra={extra_command_line}",
-        ]
-        if self.management:
-            command += ["-netdev", "user,id=mgmt,restrict=on,hostfwd=tcp:127.0.0.1:0-:22"]
-            command += ["-device", f"virtio-net-pci,netdev=mgmt,mac={MANAGEMENT_MAC},addr=0x2,romfile="]
-        if self.identity is not None:
-            for name, text in self.identity.credentials().items():
-                encoded = base64.b64encode(text.encode()).decode()
-                command += ["-smbios", f"type=11,value=io.systemd.credential.binary:{name}={encoded}"]
-        for number, nic in enumerate(self.nics):
-            fds = f"fd={nic.fds[0]}" if len(nic.fds) == 1 else f"fds={':'.join(map(str, nic.fds))}"
-            # the virtual functions of two igb in neighbouring slots would overlap
-            slot = 3 + number * (2 if nic.model == "igb" else 1)
-            device = f"{nic.model},netdev=data{number},mac={nic.mac},addr={slot:#x},romfile="
-            if nic.model == "virtio-net-pci":
-                device += ",disable-legacy=on"
-                if self.iommu:
-                    device += ",iommu_platform=on,ats=on"
-                if len(nic.fds) > 1:
-                    device += f",mq=on,vectors={2 * len(nic.fds) + 2}"
-            command += ["-netdev", f"tap,id=data{number},{fds}", "-device", device]
-        return [*command, *self.extra]
 
     # -- talking to QEMU --
 
@@ -533,42 +358,6 @@ class Machine:
         )
 
 
-def _quoted(word: str) -> str:
-    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else "'" + word.replace("'", "'\\''") + "'"
-
-
-def kernel_command_line(uki: Path) -> str:
-    """The .cmdline section of a UKI, which is a PE file."""
-    data = uki.read_bytes()
-    (pe,) = struct.unpack_from("<I", data, 0x3C)
-    sections, optional = struct.unpack_from("<H", data, pe + 6)[0], struct.unpack_from("<H", data, pe + 20)[0]
-    for number in range(sections):
-        at = pe + 24 + optional + 40 * number
-        name = data[at : at + 8].rstrip(b"\0")
-        size, _, _, offset = struct.unpack_from("<IIII", data, at + 8)
-        if name == b".cmdline":
-            return data[offset : offset + size].decode().strip("\0\n ")
-    raise BootError(f"{uki} has no .cmdline section; it is not a unified kernel image")
-
-
-def check_needs(image: Path, *, firmware: bool) -> None:
-    wanted = {
-        QEMU: "qemu-system-x86",
-        "qemu-img": "qemu-utils",
-        "setpriv": "util-linux",
-        "ssh-keygen": "openssh-client",
-    }
-    missing = [package for program, package in wanted.items() if not shutil.which(program)]
-    if firmware and not FIRMWARE_CODE.exists():
-        missing.append("ovmf")
-    if missing:
-        raise NeedsError(
-            f"missing tools; run: apt-get install -y --no-install-recommends {' '.join(missing)}"
-        )
-    if not image.exists():
-        raise NeedsError(f"{image} is not there; run `make image` first")
-
-
 @contextlib.contextmanager
 def one_boot_at_a_time(lock: Path = Path("/run/lock/dsnat-boot.lock")) -> Iterator[None]:
     """Two emulated cold boots on a small host starve each other's timers and may wedge a guest."""
@@ -606,7 +395,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"boot: ready after {ready.seconds} s: {json.dumps(ready.report)}")
         if options.check:
             return 0
-        print(f"boot: log in with: {' '.join(map(_quoted, machine.ssh_command(key)))}")
+        print(f"boot: log in with: {' '.join(map(quoted, machine.ssh_command(key)))}")
         print("boot: Ctrl-C ends the machine; its changes are thrown away", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             while machine._process is not None and machine._process.poll() is None:

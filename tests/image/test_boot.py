@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from image import boot
+from image import boot, kvm, qemu
 from image.identity import Identity, make_identity
 
 
@@ -54,7 +54,7 @@ def test_a_hopeless_console_fails_at_once_and_is_quoted(
     machine: boot.Machine, guest: socket.socket, line: str
 ) -> None:
     machine.serial.write_text(f"all was well\n{line}\n")
-    with pytest.raises(boot.BootError, match="the console says") as caught:
+    with pytest.raises(qemu.BootError, match="the console says") as caught:
         machine.wait_ready(deadline_s=20)
     assert line[-20:] in str(caught.value)
     assert str(machine.serial) in str(caught.value)
@@ -78,14 +78,14 @@ def test_an_emulated_cpu_that_ran_old_code_is_started_again_once(
     monkeypatch.setattr(boot, "kvm_works", lambda: False)
     monkeypatch.setattr(machine, "qmp", qmp)
     monkeypatch.setattr(machine, "console", look)
-    with pytest.raises(boot.BootError, match="the console says: Kernel panic"):
+    with pytest.raises(qemu.BootError, match="the console says: Kernel panic"):
         machine.wait_ready(deadline_s=20)
     assert [word for word in asked if word != "look"] == ["set-action", "system_reset"]
 
 
 def test_silence_is_a_failure_that_shows_the_last_lines(machine: boot.Machine, guest: socket.socket) -> None:
     machine.serial.write_text("one line\n")
-    with pytest.raises(boot.BootError, match="nothing on the console for 1 s") as caught:
+    with pytest.raises(qemu.BootError, match="nothing on the console for 1 s") as caught:
         machine.wait_ready(silence_s=1, deadline_s=60)
     assert "one line" in str(caught.value)
 
@@ -93,13 +93,13 @@ def test_silence_is_a_failure_that_shows_the_last_lines(machine: boot.Machine, g
 def test_a_guest_that_is_up_but_not_well_says_why(machine: boot.Machine, guest: socket.socket) -> None:
     report = {"ready": False, "reason": "dsnatd.service is failed"}
     guest.sendall(json.dumps(report).encode() + b"\n")
-    with pytest.raises(boot.BootError, match=r"up but not well: dsnatd\.service is failed"):
+    with pytest.raises(qemu.BootError, match=r"up but not well: dsnatd\.service is failed"):
         machine.wait_ready(deadline_s=20)
 
 
 def test_only_the_guests_own_word_counts_as_ready(machine: boot.Machine, guest: socket.socket) -> None:
     machine.serial.write_text("Debian GNU/Linux 13 gateway ttyS0\n\ngateway login: ")
-    with pytest.raises(boot.BootError, match="nothing on the console"):
+    with pytest.raises(qemu.BootError, match="nothing on the console"):
         machine.wait_ready(silence_s=0.5, deadline_s=20)
     guest.sendall(b'{"ready": true, "hostname": "gw1"}\n')
     assert machine.wait_ready(deadline_s=20).report["hostname"] == "gw1"
@@ -111,33 +111,33 @@ def test_a_qemu_that_dies_is_noticed_and_its_last_word_shown(
     (machine.folder / "qemu.log").write_text("qemu: could not open disk\n")
     assert machine._process is not None
     machine._process.kill()
-    with pytest.raises(boot.BootError, match=r"QEMU ended with status -9: qemu: could not open disk"):
+    with pytest.raises(qemu.BootError, match=r"QEMU ended with status -9: qemu: could not open disk"):
         machine.wait_ready(deadline_s=20)
 
 
 def test_a_kvm_that_hangs_costs_its_deadline_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    qemu = tmp_path / "qemu"
-    qemu.write_text(f"#!/bin/sh\necho x >> {tmp_path}/started\nexec sleep 60\n")
-    qemu.chmod(0o755)
-    monkeypatch.setattr(boot, "QEMU", str(qemu))
+    program = tmp_path / "qemu"
+    program.write_text(f"#!/bin/sh\necho x >> {tmp_path}/started\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(kvm, "QEMU", str(program))
     monkeypatch.setattr(os, "access", lambda path, mode: True)
-    monkeypatch.setattr(boot, "KVM_S", 0.5)
+    monkeypatch.setattr(kvm, "KVM_S", 0.5)
     memory = tmp_path / "kvm.json"
     before = time.monotonic()
-    assert not boot.kvm_works(memory)
+    assert not kvm.kvm_works(memory)
     assert time.monotonic() - before < 15, "the machine's own 60 s were waited for"
-    assert not boot.kvm_works(memory)
+    assert not kvm.kvm_works(memory)
     assert (tmp_path / "started").read_text() == "x\n", "the verdict is remembered"
 
 
 def test_a_missing_image_and_missing_tools_are_said_with_the_command_that_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(boot.NeedsError, match="run `make image` first"):
-        boot.check_needs(tmp_path / "nothing.raw", firmware=False)
+    with pytest.raises(qemu.NeedsError, match="run `make image` first"):
+        qemu.check_needs(tmp_path / "nothing.raw", firmware=False)
     monkeypatch.setattr(shutil, "which", lambda program: None)
-    with pytest.raises(boot.NeedsError, match=r"apt-get install -y .*qemu-system-x86"):
-        boot.check_needs(tmp_path / "nothing.raw", firmware=False)
+    with pytest.raises(qemu.NeedsError, match=r"apt-get install -y .*qemu-system-x86"):
+        qemu.check_needs(tmp_path / "nothing.raw", firmware=False)
 
 
 def test_the_command_line_is_read_out_of_the_unified_kernel_image(tmp_path: Path) -> None:
@@ -148,12 +148,12 @@ def test_the_command_line_is_read_out_of_the_unified_kernel_image(tmp_path: Path
     struct.pack_into("<H", image, 0x40 + 20, 0)  # no optional header
     struct.pack_into("<8sIIII", image, 0x40 + 24, b".cmdline", len(text), 0, 512, len(image))
     (tmp_path / "x.efi").write_bytes(bytes(image) + text)
-    assert boot.kernel_command_line(tmp_path / "x.efi") == "roothash=abc console=ttyS0"
+    assert qemu.kernel_command_line(tmp_path / "x.efi") == "roothash=abc console=ttyS0"
 
 
 def test_the_command_that_repeats_a_boot_can_be_pasted_into_a_shell() -> None:
-    assert boot._quoted("a=b,c") == "a=b,c"
-    assert boot._quoted("it's") == "'it'\\''s'"
+    assert qemu.quoted("a=b,c") == "a=b,c"
+    assert qemu.quoted("it's") == "'it'\\''s'"
 
 
 def test_an_identity_names_the_host_key_before_the_gateway_exists() -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from image.boot import MANAGEMENT_MAC, QEMU, BootError, Machine, one_boot_at_a_time
+from image.boot import MANAGEMENT_MAC, Machine, one_boot_at_a_time
 from image.build import BUILD, build, ensure_tree, tool
 from image.identity import make_identity
 from image.keys import Keys, make_keys
+from image.qemu import QEMU, BootError
 from tests.image.conftest import CONFIG, INSIDE, OUTSIDE, PATIENT, Gateway, configure, drop_in, wired
 from tests.lab import Netns, new_lab, run, wait_until
 
@@ -84,7 +85,7 @@ def qemu_for(model: str) -> list[str]:
 @pytest.mark.parametrize("model", ["virtio-net-pci", "e1000e", "vmxnet3", "igb"])
 def test_the_engine_drives_each_model_of_nic_and_forwards(built: Path, tmp_path: Path, model: str) -> None:
     with booted(built, tmp_path, model=model, qemu=qemu_for(model)) as gateway:
-        outside = "0000:00:05.0" if model == "igb" else OUTSIDE  # see image/boot.py
+        outside = "0000:00:05.0" if model == "igb" else OUTSIDE  # see image/qemu.py
         configure(gateway, CONFIG.replace(OUTSIDE, outside))
         for device in (INSIDE, outside):
             driver = gateway(f"basename $(readlink /sys/bus/pci/devices/{device}/driver)").strip()

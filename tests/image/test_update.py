@@ -21,11 +21,12 @@ from typing import Any
 
 import pytest
 
-from image.boot import MANAGEMENT_MAC, BootError, Machine, Nic, one_boot_at_a_time
+from image.boot import MANAGEMENT_MAC, Machine, Nic, one_boot_at_a_time
 from image.build import BUILD, build, tool
 from image.flash import esp_offset
 from image.identity import Identity
 from image.keys import Keys, make_keys
+from image.qemu import BootError
 from tests.image.conftest import PATIENT, drop_in, wired
 from tests.lab import Netns, new_lab, run, wait_until
 from tests.provision.test_sshd import FLEET

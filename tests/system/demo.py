@@ -35,9 +35,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from image.boot import MANAGEMENT_MAC, BootError, Machine, NeedsError, Nic
+from image.boot import MANAGEMENT_MAC, Machine, Nic
 from image.build import image_path
 from image.identity import make_identity
+from image.qemu import BootError, NeedsError
 from tests.lab import Lab, LabError, Netns, new_lab, run, wait_until
 from tests.traffic import CLIENT, SERVER, Line, Report, Servers, send
 
