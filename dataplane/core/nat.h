@@ -316,6 +316,10 @@ size_t nat_table_size(uint64_t max_sessions);
 struct nat_table *nat_table_init(void *mem, size_t size_bytes, uint64_t max_sessions, uint64_t seed,
 				 bool *adopted, const char **why);
 
+/* Gives the policy's pools and zones their stable ids, new ones where the table has none yet. Each engine does this with its
+ * first policy and with the next; done before by another thread, that costs its packets nothing. */
+void nat_table_bind(struct nat_table *table, struct nat_policy *policy);
+
 /* A table that was made for another max_sessions becomes one for this, and keeps its sessions; to be called before
  * nat_table_init(), with memory that both sizes fit into. False: `mem` holds nothing that could be kept. */
 struct nat_resized {

@@ -10,16 +10,6 @@ static uint32_t prefix_mask(uint8_t length_bits)
 	return length_bits == 0 ? 0 : UINT32_MAX << (32 - length_bits);
 }
 
-static uint32_t prefix_last(const struct nat_prefix *prefix)
-{
-	return (prefix->address & prefix_mask(prefix->length_bits)) | ~prefix_mask(prefix->length_bits);
-}
-
-static uint32_t prefix_first(const struct nat_prefix *prefix)
-{
-	return prefix->address & prefix_mask(prefix->length_bits);
-}
-
 static uint32_t count_addresses(const struct nat_config *config)
 {
 	uint32_t n = 0;
@@ -147,93 +137,6 @@ uint32_t nat_policy_worker_of_host(const struct nat_policy *policy, uint32_t hos
 	return keeper == NAT_SPREAD ? 0 : keeper; /* there is nothing to ask for */
 }
 
-/* Boundaries: 0, each first, each last + 1. Sorted, without doubles. At most 2 * n_zones + 1. */
-static void sift_down(uint32_t *a, uint32_t root, uint32_t n)
-{
-	for (uint32_t child; (child = root * 2 + 1) < n; root = child) {
-		if (child + 1 < n && a[child + 1] > a[child])
-			child++;
-		if (a[root] >= a[child])
-			return;
-		uint32_t swap = a[root];
-		a[root] = a[child];
-		a[child] = swap;
-	}
-}
-
-static void sort_u32(uint32_t *a, uint32_t n)
-{
-	for (uint32_t i = n / 2; i-- > 0;)
-		sift_down(a, i, n);
-	for (uint32_t end = n; end > 1;) {
-		end--;
-		uint32_t swap = a[0];
-		a[0] = a[end];
-		a[end] = swap;
-		sift_down(a, 0, end);
-	}
-}
-
-static bool has_destination(const struct nat_zone_config *zone)
-{
-	return zone->destination.length_bits != 0;
-}
-
-/* Lists the candidates of the interval that begins at `first` into `out` (NULL: only counts). */
-static uint32_t candidates_of(const struct nat_config *config, uint32_t first, uint32_t *out)
-{
-	uint32_t n = 0;
-	for (uint32_t z = 0; z < config->n_zones; z++) {
-		const struct nat_zone_config *zone = &config->zones[z];
-		if (((first ^ zone->source.address) & prefix_mask(zone->source.length_bits)) != 0)
-			continue;
-		if (out)
-			out[n] = z;
-		n++;
-		if (!has_destination(zone))
-			break;
-	}
-	return n;
-}
-
-/* Fills `bounds` (room for 2 * n_zones + 1) and gives their number. */
-static uint32_t interval_bounds(const struct nat_config *config, uint32_t *bounds)
-{
-	uint32_t n = 0, kept = 0;
-	bounds[n++] = 0;
-	for (uint32_t z = 0; z < config->n_zones; z++) {
-		uint32_t last = prefix_last(&config->zones[z].source);
-		bounds[n++] = prefix_first(&config->zones[z].source);
-		if (last != UINT32_MAX)
-			bounds[n++] = last + 1;
-	}
-	sort_u32(bounds, n);
-	for (uint32_t i = 0; i < n; i++)
-		if (i == 0 || bounds[i] != bounds[kept - 1])
-			bounds[kept++] = bounds[i];
-	return kept;
-}
-
-/* Room for all candidate lists: exact, but that a boundary shared by two zones counts twice, unless the two follow each other in the file.
- * That is where many zones share boundaries: a source with many destinations, prefixes side by side. Never below the number of
- * boundaries, which are sorted in the same memory. */
-static uint64_t count_candidates(const struct nat_config *config)
-{
-	uint64_t n = candidates_of(config, 0, NULL), bounds = 2 * (uint64_t)config->n_zones + 1;
-	uint32_t first_before = 0, end_before = 0; /* end: behind the last. 0 is counted above */
-	for (uint32_t z = 0; z < config->n_zones; z++) {
-		const uint32_t first = prefix_first(&config->zones[z].source),
-			       end = prefix_last(&config->zones[z].source) + 1;
-		if (first != first_before && first != end_before)
-			n += candidates_of(config, first, NULL);
-		if (end != end_before)
-			n += candidates_of(config, end, NULL);
-		first_before = first;
-		end_before = end;
-	}
-	return n > bounds ? n : bounds;
-}
-
 /* Carves aligned pieces off one block; with base NULL it only adds up sizes. */
 struct carver {
 	uint8_t *base;
@@ -260,7 +163,12 @@ static void carve_policy(struct carver *c, const struct nat_config *config, stru
 	p->address = carve(c, n_addresses * sizeof(*p->address));
 	p->order = carve(c, count_turns(config) * sizeof(*p->order));
 	p->interval = carve(c, (2 * n_zones + 1) * sizeof(*p->interval));
-	p->candidate = carve(c, count_candidates(config) * sizeof(*p->candidate));
+	p->source = carve(c, n_zones * sizeof(*p->source));
+	p->listed = carve(c, n_zones * sizeof(*p->listed));
+	p->sorted = carve(c, n_zones * sizeof(*p->sorted));
+	p->zone_before = carve(c, n_zones * sizeof(*p->zone_before));
+	p->zone_slots = slots_for((uint32_t)n_zones);
+	p->zone_slot = carve(c, p->zone_slots * sizeof(*p->zone_slot));
 	p->address_slots = slots_for((uint32_t)n_addresses);
 	p->address_slot = carve(c, p->address_slots * sizeof(*p->address_slot));
 	p->static_slots = slots_for(config->n_statics);
@@ -398,40 +306,6 @@ static void build_pool(struct nat_policy *p, uint32_t i, const struct nat_pool_c
 	p->n_blocks += pool->n_blocks * pool->n_addresses;
 }
 
-static void build_zones(struct nat_policy *p, const struct nat_config *config)
-{
-	for (uint32_t z = 0; z < config->n_zones; z++) {
-		struct nat_zone *zone = &p->zone[z];
-		zone->config = config->zones[z];
-		zone->source_mask = prefix_mask(zone->config.source.length_bits);
-		zone->destination_mask = prefix_mask(zone->config.destination.length_bits);
-		zone->config.source.address &= zone->source_mask;
-		zone->config.destination.address &= zone->destination_mask;
-		p->has_pass_zone |= zone->config.action == NAT_ACTION_PASS;
-	}
-	/* The bounds are sorted in the memory of the intervals' own candidate span, then moved up. */
-	uint32_t *bounds = p->candidate + count_candidates(config) - (2 * (uint64_t)config->n_zones + 1);
-	uint32_t used = 0;
-	p->n_intervals = interval_bounds(config, bounds);
-	for (uint32_t i = 0; i < p->n_intervals; i++)
-		p->interval[i].first = bounds[i];
-	for (uint32_t i = 0; i < p->n_intervals; i++) {
-		p->interval[i].candidate = used;
-		p->interval[i].n_candidates =
-			candidates_of(config, p->interval[i].first, p->candidate + used);
-		p->interval[i].only = NAT_NO_ZONE;
-		if (p->interval[i].n_candidates == 1 && p->zone[p->candidate[used]].destination_mask == 0)
-			p->interval[i].only = p->candidate[used];
-		used += p->interval[i].n_candidates;
-	}
-	for (uint32_t top = 0, i = 0; top < 256; top++) {
-		while (i + 1 < p->n_intervals && p->interval[i + 1].first <= top << 24)
-			i++;
-		p->interval_of[top] = i;
-	}
-	p->interval_of[256] = p->n_intervals - 1;
-}
-
 /* ---- static mappings ---- */
 
 static uint32_t static_home(const struct nat_policy *p, uint32_t address_be, uint16_t port_be,
@@ -488,6 +362,19 @@ const struct nat_static *nat_policy_static(const struct nat_policy *p, unsigned 
 	return exact ? exact : find_static(p, side, address_be, 0, 0);
 }
 
+static void keep_active(struct nat_policy *p, const struct nat_policy *previous)
+{
+	for (uint32_t i = 0; i < p->n_pools; i++)
+		for (uint32_t step = 0; step < previous->n_pools; step++) { /* mostly in the same place */
+			const struct nat_pool *before = &previous->pool[(i + step) % previous->n_pools];
+			if (p->pool[i].active_while_be != before->active_while_be ||
+			    strcmp(p->pool[i].name, before->name) != 0)
+				continue;
+			atomic_store(&p->pool[i].active, atomic_load(&before->active));
+			break;
+		}
+}
+
 struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 				   const struct nat_policy *previous)
 {
@@ -506,6 +393,7 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 	p->refusal = (uint8_t)config->refusal;
 	p->pass_other_protocols = config->pass_other_protocols;
 	p->address_key = nat_key_from_seed(0, 'a');
+	p->previous = previous;
 	for (uint32_t i = 0; i < config->n_interfaces; i++) {
 		p->role[i] = (uint8_t)config->interfaces[i].role;
 		p->silent[i] = config->interfaces[i].silent;
@@ -516,14 +404,11 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 		p->pool[i].keeper = keeper_of(config, &config->pools[i]);
 	}
 	find_address_span(p);
-	build_zones(p, config);
+	nat_zones_build(p, config->zones);
 	build_statics(p, config);
 	digest_places(p);
-	for (uint32_t i = 0; previous && i < p->n_pools; i++)
-		for (uint32_t k = 0; k < previous->n_pools; k++)
-			if (strcmp(p->pool[i].name, previous->pool[k].name) == 0 &&
-			    p->pool[i].active_while_be == previous->pool[k].active_while_be)
-				atomic_store(&p->pool[i].active, atomic_load(&previous->pool[k].active));
+	if (previous)
+		keep_active(p, previous);
 	return p;
 }
 
@@ -534,35 +419,12 @@ uint32_t nat_policy_address_from(const struct nat_policy *p, uint32_t address_be
 	return p->address_slot[at].number - 1;
 }
 
-uint32_t nat_policy_zone_of(const struct nat_policy *p, const struct nat_interval *interval,
-			    uint32_t destination)
-{
-	const uint32_t *candidate = p->candidate + interval->candidate;
-
-	for (uint32_t i = 0; i < interval->n_candidates; i++) {
-		const struct nat_zone *zone = &p->zone[candidate[i]];
-		if (((destination ^ zone->config.destination.address) & zone->destination_mask) == 0)
-			return candidate[i];
-	}
-	return NAT_NO_ZONE;
-}
-
 bool nat_policy_passes(const struct nat_policy *p, uint32_t outside_source, uint32_t inside_destination)
 {
 	if (!p->has_pass_zone)
 		return false;
 	uint32_t zone = nat_policy_zone(p, inside_destination, outside_source);
 	return zone != NAT_NO_ZONE && p->zone[zone].config.action == NAT_ACTION_PASS;
-}
-
-static bool same_zone(const struct nat_policy *a, uint32_t i, const struct nat_policy *b, uint32_t k)
-{
-	const struct nat_zone_config *x = &a->zone[i].config, *y = &b->zone[k].config;
-	if (x->source.address != y->source.address || x->source.length_bits != y->source.length_bits ||
-	    x->destination.address != y->destination.address ||
-	    x->destination.length_bits != y->destination.length_bits || x->action != y->action)
-		return false;
-	return x->action != NAT_ACTION_POOL || strcmp(a->pool[x->pool].name, b->pool[y->pool].name) == 0;
 }
 
 /* Blocks of another size or place are not the same blocks: the ports that are in use there stay with their
@@ -594,19 +456,7 @@ void nat_policy_inherit(struct nat_policy *policy, const struct nat_policy *old,
 		to->address[i] = from->address[k];
 		inherit_blocks(policy, to, i, old, from, k);
 	}
-	/* Zones keep their order in most reloads: look at the neighbour of the last match first. */
-	for (uint32_t i = 0, next = 0; i < policy->n_zones; i++)
-		for (uint32_t step = 0; step < old->n_zones; step++) {
-			uint32_t k = next + step < old->n_zones ? next + step : next + step - old->n_zones;
-			if (!same_zone(policy, i, old, k))
-				continue;
-			to->zone[i] = from->zone[k];
-			if (policy->zone[i].config.action == NAT_ACTION_POOL &&
-			    to->zone[i].cursor >= policy->pool[policy->zone[i].config.pool].n_order)
-				to->zone[i].cursor = 0;
-			next = k + 1;
-			break;
-		}
+	nat_zones_inherit(policy, old, worker);
 }
 
 void nat_policy_set_active(struct nat_policy *policy, uint32_t pool, bool active)

@@ -13,7 +13,8 @@
 #include "hash.h"
 #include "nat.h"
 
-#define NAT_NO_ZONE UINT32_MAX
+#define NAT_NO_ZONE   UINT32_MAX
+#define NAT_NO_SOURCE UINT32_MAX
 
 struct nat_address {
 	uint32_t address_be;
@@ -57,12 +58,17 @@ struct nat_zone {
 	uint16_t id; /* stable, from the table's header */
 };
 
-/* Zones are cut at every source boundary into intervals. An interval lists the zones that cover it, in the
- * file's order, up to the first that has no destination condition: nothing behind it can match. */
+/* See zones.c. */
 struct nat_interval {
-	uint32_t first;                   /* it ends where the next begins */
-	uint32_t candidate, n_candidates; /* span in nat_policy.candidate */
-	uint32_t only; /* there is one candidate, and it has no destination condition; or NAT_NO_ZONE */
+	uint32_t first;  /* it ends where the next begins */
+	uint32_t source; /* the narrowest prefix around it, or NAT_NO_SOURCE */
+	uint32_t only;   /* the zone of all its packets, whatever their destination; or NAT_NO_ZONE */
+	uint32_t zero;
+};
+
+struct nat_source {                      /* a prefix that zones name as their source */
+	uint32_t wider;                  /* the next one around it, or NAT_NO_SOURCE */
+	uint32_t first_listed, n_listed; /* span in nat_policy.listed */
 };
 
 struct nat_address_note {
@@ -103,7 +109,13 @@ struct nat_policy {
 	uint32_t *order; /* address numbers, each as often as its weight */
 	uint32_t n_blocks;
 	struct nat_interval *interval;
-	uint32_t *candidate;
+	struct nat_source *source;
+	uint32_t *listed; /* zone numbers */
+	uint64_t *sorted; /* only while it is built */
+	uint32_t n_sources, n_listed;
+	uint32_t *zone_slot, zone_slots;    /* open addressing by source and destination, number + 1 */
+	const struct nat_policy *previous;  /* only to compare: it may be gone */
+	uint32_t *zone_before;              /* per zone: its number in `previous`, or NAT_NO_ZONE */
 	uint32_t interval_of[257];          /* by the top 8 bits: where a search begins */
 	uint32_t address_low, address_span; /* every pool address is in low..low + span, host order */
 	struct nat_address_slot *address_slot;
@@ -148,6 +160,14 @@ static inline uint32_t nat_policy_zone(const struct nat_policy *policy, uint32_t
 	return NAT_LIKELY(low->only != NAT_NO_ZONE) ? low->only
 						    : nat_policy_zone_of(policy, low, destination);
 }
+
+/* The first zone with this source and destination, or NAT_NO_ZONE. */
+uint32_t nat_policy_zone_named(const struct nat_policy *policy, const struct nat_prefix *source,
+			       const struct nat_prefix *destination);
+
+/* Parts of nat_policy_init() and nat_policy_inherit(). */
+void nat_zones_build(struct nat_policy *policy, const struct nat_zone_config *config);
+void nat_zones_inherit(struct nat_policy *policy, const struct nat_policy *old, uint32_t worker);
 
 /* Is a packet from outside the answer to one that a pass zone let through? */
 bool nat_policy_passes(const struct nat_policy *policy, uint32_t outside_source, uint32_t inside_destination);

@@ -125,7 +125,7 @@ struct nat_table {
 	uint64_t records_offset;
 	_Atomic uint32_t chunks_leased;
 	uint32_t n_chunks;
-	uint32_t n_pool_ids, n_zone_ids;
+	_Atomic uint32_t n_pool_ids, n_zone_ids; /* what is counted is written */
 	char pool_name[NAT_POOL_IDS][NAT_NAME_MAX];
 	struct nat_zone_identity zone_identity[NAT_ZONE_IDS];
 };
@@ -134,12 +134,6 @@ static inline struct nat_session *nat_table_records(struct nat_table *table)
 {
 	return (struct nat_session *)(void *)((uint8_t *)table + table->records_offset);
 }
-
-struct nat_policy;
-
-/* Gives the policy's pools and zones their stable ids, new ones where the table has none yet. Called by each
- * worker, done by the first. */
-void nat_table_bind(struct nat_table *table, struct nat_policy *policy);
 
 /* ---- the index ---- */
 

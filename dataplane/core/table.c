@@ -161,8 +161,10 @@ bool nat_table_resize(void *mem, size_t size_bytes, uint64_t max_sessions, struc
 
 /* ---- stable ids ---- */
 
-static uint16_t pool_id(struct nat_table *table, const char *name)
+static uint16_t pool_id(struct nat_table *table, const char *name, uint32_t guess)
 {
+	if (guess < table->n_pool_ids && strcmp(table->pool_name[guess], name) == 0)
+		return (uint16_t)guess;
 	for (uint32_t i = 0; i < table->n_pool_ids; i++)
 		if (strcmp(table->pool_name[i], name) == 0)
 			return (uint16_t)i;
@@ -172,23 +174,33 @@ static uint16_t pool_id(struct nat_table *table, const char *name)
 	return (uint16_t)table->n_pool_ids++;
 }
 
-static bool same_prefix(const struct nat_prefix *a, const struct nat_prefix *b)
+static uint16_t new_zone_id(struct nat_table *table, const struct nat_zone_config *zone)
 {
-	return a->address == b->address && a->length_bits == b->length_bits;
-}
-
-static uint16_t zone_id(struct nat_table *table, const struct nat_zone_config *zone, uint32_t guess)
-{
-	for (uint32_t step = 0; step < table->n_zone_ids; step++) {
-		uint32_t i = (guess + step) % table->n_zone_ids;
-		if (same_prefix(&table->zone_identity[i].source, &zone->source) &&
-		    same_prefix(&table->zone_identity[i].destination, &zone->destination))
-			return (uint16_t)i;
-	}
 	if (table->n_zone_ids == NAT_ZONE_IDS)
 		return NAT_NO_ID;
 	table->zone_identity[table->n_zone_ids] = (struct nat_zone_identity){zone->source, zone->destination};
 	return (uint16_t)table->n_zone_ids++;
+}
+
+/* The zones that the table knows find themselves, then the others get new ids. */
+static void bind_zones(struct nat_table *table, struct nat_policy *policy)
+{
+	for (uint32_t i = 0; i < policy->n_zones; i++)
+		policy->zone[i].id = NAT_NO_ID;
+	for (uint32_t id = 0; id < table->n_zone_ids; id++) {
+		const struct nat_zone_identity *known = &table->zone_identity[id];
+		const uint32_t i = nat_policy_zone_named(policy, &known->source, &known->destination);
+		if (i != NAT_NO_ZONE)
+			policy->zone[i].id = (uint16_t)id;
+	}
+	for (uint32_t i = 0; i < policy->n_zones; i++) {
+		const struct nat_zone_config *zone = &policy->zone[i].config;
+		const uint32_t first = nat_policy_zone_named(policy, &zone->source, &zone->destination);
+		if (policy->zone[first].id == NAT_NO_ID && first == i)
+			policy->zone[i].id = new_zone_id(table, zone);
+		else
+			policy->zone[i].id = policy->zone[first].id;
+	}
 }
 
 void nat_table_bind(struct nat_table *table, struct nat_policy *policy)
@@ -202,8 +214,7 @@ void nat_table_bind(struct nat_table *table, struct nat_policy *policy)
 		return;
 	}
 	for (uint32_t i = 0; i < policy->n_pools; i++)
-		policy->pool[i].id = pool_id(table, policy->pool[i].name);
-	for (uint32_t i = 0; i < policy->n_zones; i++)
-		policy->zone[i].id = zone_id(table, &policy->zone[i].config, i);
+		policy->pool[i].id = pool_id(table, policy->pool[i].name, i);
+	bind_zones(table, policy);
 	atomic_store(&policy->bound, BOUND);
 }

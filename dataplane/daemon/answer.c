@@ -127,6 +127,7 @@ static bool on_apply(void *context, struct config *next, char *why, size_t why_b
 		return false;
 	}
 	(void)daemon_pools_follow(d, plan);
+	nat_table_bind(d->table, plan->policy);
 	d->plan = plan;
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		atomic_store_explicit(&d->workers[w].thread.next_plan, plan, memory_order_release);
