@@ -17,10 +17,11 @@ from pathlib import Path
 
 from provision import slices
 from provision.load import replace_text
-from provision.model import Fleet, span
+from provision.model import Fleet
 from provision.plan import Running
 from provision.render import ENGINE
 from provision.slices import Range
+from provision.values import span
 
 
 @dataclass(frozen=True)

@@ -446,7 +446,7 @@ def _pools(node: Node, remarks: list[str]) -> Pools:
 
 
 def _in_pool(address: IPv4Address, pools: Pools) -> bool:
-    from provision.model import span
+    from provision.values import span
 
     return any(low <= int(address) <= high for found in pools.values() for low, high in map(span, found))
 

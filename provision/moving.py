@@ -16,13 +16,13 @@ from dataclasses import replace
 
 from provision import cluster, slices
 from provision.cluster import Move
-from provision.model import milliseconds
 from provision.plan import Plan, Running
 from provision.plan import plan as make_plan
 from provision.push import FACTS_S, Result, gather
 from provision.render import BGP, ENGINE, File, Rendered
 from provision.rollout import Rollout
 from provision.ssh import GatewayError
+from provision.values import milliseconds
 
 LOOK_S = 1.0
 

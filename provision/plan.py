@@ -201,7 +201,7 @@ def sessions_leaving(rendered: Rendered, running: Running) -> dict[str, int]:
     """address -> live sessions, for addresses that a pool has now and will not have."""
     from ipaddress import IPv4Address
 
-    from provision.model import span
+    from provision.values import span
 
     text = rendered.files["dsnatd.yaml"].text
     kept: list[tuple[int, int]] = []

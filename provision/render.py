@@ -3,7 +3,7 @@ name.
 
 Everything that a gateway needs is rendered here, on the operator's machine, so that a plan shows exactly
 what a push writes. Two guards stand between a value and a generated file: the narrow patterns of
-model.py, and `_guard`, through which jinja2 sends the result of every `{{ }}`. A character that could end
+values.py, and `_guard`, through which jinja2 sends the result of every `{{ }}`. A character that could end
 a line, open a block or close a quote is an error and never output, whatever a template author forgot.
 
 Secrets are looked up by a function that the caller passes in (`env:`, `file:`, `age:` references);
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from provision import slices
-from provision.model import Bfd, Bgp, Fleet, Gateway, Pair, Pool, Service, Sync, Vrrp, milliseconds
+from provision.model import Bfd, Bgp, Fleet, Gateway, Pair, Pool, Service, Sync, Vrrp
+from provision.values import milliseconds
 
 if TYPE_CHECKING:
     from jinja2 import Environment

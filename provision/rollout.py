@@ -14,10 +14,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from provision.journal import Journal
-from provision.model import Fleet, milliseconds
+from provision.model import Fleet
 from provision.plan import Change, Plan, Running
 from provision.push import Attempt, Dial, Order, Result, nothing
 from provision.render import Rendered
+from provision.values import milliseconds
 
 
 @dataclass

@@ -27,7 +27,8 @@ from typing import Any
 import paramiko
 from paramiko.ssh_exception import IncompatiblePeer
 
-from provision.model import Fleet, milliseconds
+from provision.model import Fleet
+from provision.values import milliseconds
 
 # paramiko's threads log what they also raise, and without a handler Python prints it, traceback and all: over
 # a thousand lines while a gateway restarts. We say it in a sentence.

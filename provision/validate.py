@@ -13,9 +13,10 @@ from ipaddress import IPv4Address, IPv4Interface, ip_address
 
 from provision import validate_cluster
 from provision.load import Loc, Problem, Source
-from provision.model import Fleet, Gateway, Pool, Service, Zone, milliseconds, span
+from provision.model import Fleet, Gateway, Pool, Service, Zone
 from provision.names import unknown_names
 from provision.render import interface_of
+from provision.values import milliseconds, span
 
 Rule = Callable[[Fleet, Source], Iterator[Problem]]
 

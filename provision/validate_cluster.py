@@ -7,9 +7,10 @@ from ipaddress import IPv4Address
 
 from provision import slices
 from provision.load import Loc, Problem, Source
-from provision.model import Fleet, Service, milliseconds, span
+from provision.model import Fleet, Service
 from provision.render import interface_of
 from provision.slices import Range
+from provision.values import milliseconds, span
 
 
 def members_fit_their_cluster(fleet: Fleet, at: Source) -> Iterator[Problem]:

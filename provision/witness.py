@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from provision.model import Fleet, milliseconds
+from provision.model import Fleet
 from provision.plan import Running
 from provision.push import FACTS_S, AgentRefused, Dial, Remote, Witness
 from provision.render import Rendered
 from provision.ssh import GatewayError
+from provision.values import milliseconds
 
 
 def witnesses(fleet: Fleet, before: Running, rendered: Rendered, dial: Dial) -> Witness:

@@ -158,10 +158,10 @@ def update(options: Options, folder: Path, version: str | None, yes: bool) -> No
     import threading
 
     from provision.handover import with_failover
-    from provision.model import milliseconds
     from provision.plan import Change
     from provision.rollout import Budget, push_all, units, waves
     from provision.update import BadImage, find_image, update_one
+    from provision.values import milliseconds
 
     fleet = read(options)
     names = chosen(fleet, options)
