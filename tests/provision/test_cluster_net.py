@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from provision import cluster
-from tests.cluster import OUR_AS, Cluster, Event, Flows, Story, with_standby
+from tests.cluster import Event, Flows, Story, with_standby
+from tests.cluster_lab import OUR_AS, Cluster
 from tests.lab import Lab, wait_until
 
 pytestmark = pytest.mark.net
