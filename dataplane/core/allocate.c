@@ -8,17 +8,6 @@
  */
 #include "engine.h"
 
-enum nat_timer nat_first_timer(const struct nat_engine *e, const struct nat_pkt *pkt)
-{
-	if (pkt->tuple.protocol == NAT_PROTO_TCP)
-		return NAT_TIMER_TCP_OPENING;
-	if (pkt->tuple.protocol == NAT_PROTO_ICMP)
-		return NAT_TIMER_ICMP;
-	if (pkt->tuple.remote_port_be == NAT_HTON16(53) && e->timeout_s[NAT_TIMER_DNS] != 0)
-		return NAT_TIMER_DNS;
-	return NAT_TIMER_UDP_ONE_WAY;
-}
-
 /* Tells the operator once, not once per packet (RFC 6888 REQ-11C): an attack must not fill the log. */
 static void alarm(struct nat_engine *e, const struct nat_pkt *pkt, enum nat_reason reason)
 {
@@ -364,74 +353,10 @@ static void look_again(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 	}
 }
 
-/* ---- before the first of a burst: fetch what all of them will touch ---- */
-
 static bool is_new_from_inside(const struct nat_pkt *pkt)
 {
 	return !pkt->settled && pkt->session == NAT_NO_SESSION && !nat_is_inbound(pkt) &&
 	       !(pkt->stage_flags & NAT_STAGE_ICMP_ERROR);
-}
-
-static const struct nat_pool *pool_of(const struct nat_engine *e, const struct nat_pkt *pkt)
-{
-	return &e->policy->pool[e->policy->zone[pkt->zone].config.pool];
-}
-
-static uint64_t fetch_bucket(const struct nat_engine *e, const struct nat_tuple *tuple)
-{
-	const uint64_t hash = nat_tuple_hash(&e->index.key, tuple);
-	NAT_PREFETCH(nat_index_bucket(&e->index, hash));
-	return hash;
-}
-
-/* An entry that finds its first bucket full goes to the other one. */
-static void fetch_other_bucket(const struct nat_engine *e, uint64_t hash)
-{
-	const struct nat_bucket *bucket = nat_index_bucket(&e->index, hash);
-	const uint32_t number = (uint32_t)(bucket - e->index.bucket);
-
-	if (NAT_UNLIKELY(!nat_bucket_ways(bucket, 0)))
-		NAT_PREFETCH(&e->index.bucket[nat_index_alternate(&e->index, number, nat_index_tag(hash))]);
-}
-
-/* A session waits for three lines: its host, the bucket of its outside tuple, its record. The outside tuple is
- * not chosen yet, but can be told beforehand: cursors step by one and random numbers are those of a counter.
- * Where that is wrong (a port was taken, a packet was refused) a line was fetched for nothing. */
-static void fetch_ahead(struct nat_engine *e, struct nat_pkt *pkt, const uint32_t *at, uint32_t n_new)
-{
-	uint64_t hash[NAT_BURST_MAX];
-
-	if (n_new < 2) /* nothing to wait for together */
-		return;
-	nat_session_fetch_free(e, n_new);
-	nat_port_look_ahead(e, n_new);
-	for (uint32_t i = 0; i < n_new; i++) {
-		struct nat_tuple mapping = pkt[at[i]].tuple;
-		struct nat_zone_note *note = &e->notes->zone[pkt[at[i]].zone];
-		note->forecast = note->cursor;
-		nat_host_fetch(e, mapping.local_be);
-		fetch_other_bucket(e, pkt[at[i]].hash);
-		if (pool_of(e, &pkt[at[i]])->mapping == NAT_ENDPOINT_DEPENDENT)
-			continue;
-		mapping.remote_be = 0;
-		mapping.remote_port_be = 0;
-		fetch_bucket(e, &mapping);
-	}
-	for (uint32_t i = 0; i < n_new; i++) {
-		const struct nat_pkt *p = &pkt[at[i]];
-		const struct nat_pool *pool = pool_of(e, p);
-		hash[i] = p->hash;
-		if (pool->n_blocks != 0 || pool->n_hosts != 0 || pool->n_order == 0)
-			continue; /* the host's own ports: few, and near each other */
-		const uint32_t address = nat_first_choice(e, p, pool, &e->notes->zone[p->zone].forecast);
-		struct nat_tuple outside = nat_wanted_tuple(e, p, pool, address);
-		outside.local_port_be =
-			nat_port_forecast(e, &outside, i, pool->port_first, pool->port_last,
-					  pool->mapping == NAT_ENDPOINT_INDEPENDENT, p->tuple.local_port_be);
-		hash[i] = fetch_bucket(e, &outside);
-	}
-	for (uint32_t i = 0; i < n_new; i++)
-		fetch_other_bucket(e, hash[i]);
 }
 
 const uint64_t nat_latency_ns[NAT_LATENCY_BUCKETS - 1] = {100,  250,   500,    1000,   2500,
@@ -448,11 +373,6 @@ static void book_latency(struct nat_latency *latency, uint64_t spent_ns, uint32_
 	latency->sum_ns += spent_ns;
 }
 
-static bool is_link_local(uint32_t address_be)
-{
-	return NAT_NTOH32(address_be) >> 16 == 0xa9fe;
-}
-
 /* RFC 3927 section 7: no router forwards what belongs to one link. Asked here, where the known flows are through and
  * what is for the gateway itself has gone to the kernel. */
 static bool stays_on_its_link(struct nat_pkt *pkt)
@@ -461,18 +381,24 @@ static bool stays_on_its_link(struct nat_pkt *pkt)
 	const uint32_t source_be = inbound ? pkt->tuple.remote_be : pkt->tuple.local_be,
 		       destination_be = inbound ? pkt->tuple.local_be : pkt->tuple.remote_be;
 
-	if (NAT_LIKELY(!is_link_local(source_be) && !is_link_local(destination_be)))
+	if (NAT_LIKELY(!nat_is_link_local(source_be) && !nat_is_link_local(destination_be)))
 		return false;
-	nat_drop(pkt, is_link_local(source_be) ? NAT_REASON_BAD_SOURCE : NAT_REASON_BAD_DESTINATION);
+	nat_drop(pkt, nat_is_link_local(source_be) ? NAT_REASON_BAD_SOURCE : NAT_REASON_BAD_DESTINATION);
 	return true;
 }
 
-static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
+/* `at`, `plan`: those that begin.c has planned, in order. */
+static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, const uint32_t *at,
+		     const struct nat_plan *plan, uint32_t n_planned)
 {
 	uint64_t asked = 0; /* a bit per packet from inside that was here already, by its hash */
 	const uint32_t done_s = e->wheel.done_s;
+	uint32_t planned = 0;
 
 	for (uint32_t i = 0; i < n; i++) {
+		const struct nat_plan *of_it = NULL;
+		if (planned < n_planned && at[planned] == i)
+			of_it = &plan[planned++];
 		if (pkt[i].settled || pkt[i].session != NAT_NO_SESSION)
 			continue;
 		if (pkt[i].stage_flags & NAT_STAGE_ICMP_ERROR) {
@@ -482,6 +408,11 @@ static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		/* An earlier packet of the same burst may have made it. Before that it was not there, as session.c
 		 * has just seen. */
 		const uint64_t bit = UINT64_C(1) << (pkt[i].hash >> 16) % 64;
+		if (NAT_LIKELY(of_it != NULL) &&
+		    NAT_LIKELY(nat_begin(e, &pkt[i], of_it, (asked & bit) != 0))) {
+			asked |= bit;
+			continue;
+		}
 		if (nat_is_inbound(&pkt[i]) || (asked & bit))
 			pkt[i].session = nat_session_find(e, &pkt[i].tuple, pkt[i].hash);
 		asked |= bit;
@@ -525,6 +456,7 @@ static void make_room(struct nat_engine *e, uint32_t n_new)
 
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
+	struct nat_plan plan[NAT_BURST_MAX];
 	uint32_t at[NAT_BURST_MAX], n_new = 0;
 
 	if (e->workers)
@@ -533,13 +465,13 @@ void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 		if (is_new_from_inside(&pkt[i]))
 			at[n_new++] = i;
 	if (n_new == 0) {
-		allocate(e, pkt, n);
+		allocate(e, pkt, n, at, plan, 0);
 		return;
 	}
 	const uint64_t begun_ns = e->clock_ns ? e->clock_ns() : 0;
 	make_room(e, n_new);
-	fetch_ahead(e, pkt, at, n_new);
-	allocate(e, pkt, n);
+	nat_begin_plan(e, pkt, at, n_new, plan);
+	allocate(e, pkt, n, at, plan, n_new);
 	if (e->clock_ns)
 		book_latency(&e->counters.allocation, e->clock_ns() - begun_ns, n_new);
 }

@@ -193,6 +193,12 @@ struct nat_engine {
 	enum nat_trial_mode trial;
 };
 
+/* 169.254/16 */
+static inline bool nat_is_link_local(uint32_t address_be)
+{
+	return NAT_NTOH32(address_be) >> 16 == 0xa9fe;
+}
+
 /* ---- verdicts ---- */
 
 /* nat_pkt.settled: known.c has counted it already */
@@ -266,6 +272,22 @@ static inline void nat_tuple_turn(struct nat_tuple *tuple)
 				  NAT_PAIR32(icmp ? ports : ports << 16 | ports >> 16, rest | side)};
 	memcpy(tuple, word, sizeof(word));
 }
+
+/* What a new session will look like, told while its burst is waiting for memory (begin.c). */
+struct nat_plan {
+	uint64_t counter;                   /* of the random number that it will draw */
+	uint64_t hash;                      /* of its outside tuple */
+	uint32_t turn, next_turn;           /* where its zone's cursor must stand, and where it will */
+	uint32_t address, address_be, host; /* the address's number, the host's home */
+	uint16_t port_be;
+	bool plain;
+};
+
+/* Makes the plans of those packets of a burst that will begin a session, and sends for what they will touch. */
+void nat_begin_plan(struct nat_engine *e, struct nat_pkt *pkt, const uint32_t *at, uint32_t n_new,
+		    struct nat_plan *plan);
+/* Makes a session by its plan. `again`: one with this tuple may have been made since. False: it is for the general way. */
+bool nat_begin(struct nat_engine *e, struct nat_pkt *pkt, const struct nat_plan *plan, bool again);
 
 /* ---- stages, in the order of the path ---- */
 
@@ -402,6 +424,8 @@ uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, u
 
 /* Fills a new record, puts it under both tuples and on the wheel. NAT_NO_RECORD: table or index is full. */
 uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want);
+/* The same of a session that was planned. Needs none of what only the general way knows: mappings, blocks, permits. */
+uint32_t nat_session_begin(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_plan *plan);
 /* Prefetches the records that the next n sessions will get. */
 void nat_session_fetch_free(const struct nat_engine *e, uint32_t n);
 void nat_session_end(struct nat_engine *e, uint32_t record);
@@ -497,8 +521,9 @@ void nat_frags_age(struct nat_engine *e);
 /* May this host have one more session? The reason if not. */
 enum nat_reason nat_host_admit(struct nat_engine *e, uint32_t address_be);
 void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be);
-/* Prefetches what the two above will look at. */
-void nat_host_fetch(const struct nat_engine *e, uint32_t address_be);
+/* Prefetches what the two above will look at: `at`, the host's home, which does not change. */
+uint32_t nat_host_fetch(const struct nat_engine *e, uint32_t address_be);
+void nat_host_add_at(struct nat_engine *e, uint32_t at, uint32_t address_be, uint32_t paired_be);
 void nat_host_remove(struct nat_engine *e, uint32_t address_be, uint32_t paired_be);
 
 /* The public address that this host's next session should use, 0 if it has none. */
@@ -537,8 +562,17 @@ uint32_t nat_first_choice(const struct nat_engine *e, const struct nat_pkt *pkt,
 struct nat_tuple nat_wanted_tuple(const struct nat_engine *e, const struct nat_pkt *pkt,
 				  const struct nat_pool *pool, uint32_t address);
 
-/* The time-out that a new session of this packet begins with (allocate.c). */
-enum nat_timer nat_first_timer(const struct nat_engine *e, const struct nat_pkt *pkt);
+/* The time-out that a new session of this packet begins with. */
+static inline enum nat_timer nat_first_timer(const struct nat_engine *e, const struct nat_pkt *pkt)
+{
+	if (pkt->tuple.protocol == NAT_PROTO_TCP)
+		return NAT_TIMER_TCP_OPENING;
+	if (pkt->tuple.protocol == NAT_PROTO_ICMP)
+		return NAT_TIMER_ICMP;
+	if (pkt->tuple.remote_port_be == NAT_HTON16(53) && e->timeout_s[NAT_TIMER_DNS] != 0)
+		return NAT_TIMER_DNS;
+	return NAT_TIMER_UDP_ONE_WAY;
+}
 
 /* ---- port blocks (block.c) ---- */
 

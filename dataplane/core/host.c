@@ -13,9 +13,12 @@ static uint32_t home(const struct nat_engine *e, uint32_t address_be)
 	return nat_scale32((uint32_t)nat_hash64(&e->index.key, address_be, 1), e->hosts.n_slots);
 }
 
-void nat_host_fetch(const struct nat_engine *e, uint32_t address_be)
+uint32_t nat_host_fetch(const struct nat_engine *e, uint32_t address_be)
 {
-	NAT_PREFETCH(&e->hosts.slot[home(e, address_be)]);
+	const uint32_t at = home(e, address_be);
+
+	NAT_PREFETCH(&e->hosts.slot[at]);
+	return at;
 }
 
 static uint32_t next_slot(const struct nat_engine *e, uint32_t slot)
@@ -23,14 +26,19 @@ static uint32_t next_slot(const struct nat_engine *e, uint32_t slot)
 	return slot + 1 == e->hosts.n_slots ? 0 : slot + 1;
 }
 
+/* The slot of this host, or the empty one where its search ends. */
+static struct nat_host *search(const struct nat_engine *e, uint32_t at, uint32_t address_be)
+{
+	while (e->hosts.slot[at].address_be != address_be && e->hosts.slot[at].address_be != 0)
+		at = next_slot(e, at);
+	return &e->hosts.slot[at];
+}
+
 static struct nat_host *find(const struct nat_engine *e, uint32_t address_be)
 {
-	for (uint32_t slot = home(e, address_be);; slot = next_slot(e, slot)) {
-		if (e->hosts.slot[slot].address_be == address_be)
-			return &e->hosts.slot[slot];
-		if (e->hosts.slot[slot].address_be == 0)
-			return NULL;
-	}
+	struct nat_host *host = search(e, home(e, address_be), address_be);
+
+	return host->address_be == address_be ? host : NULL;
 }
 
 static bool is_stale(const struct nat_engine *e, const struct nat_host *host)
@@ -43,26 +51,28 @@ static bool is_crowded(const struct nat_engine *e)
 	return e->hosts.used > e->hosts.n_slots / 2;
 }
 
-static struct nat_host *find_or_add(struct nat_engine *e, uint32_t address_be)
+/* `at`: its home. */
+static struct nat_host *find_or_add(struct nat_engine *e, uint32_t at, uint32_t address_be)
 {
-	struct nat_host *host = find(e, address_be);
-	if (host)
+	struct nat_host *host = search(e, at, address_be);
+	if (NAT_LIKELY(host->address_be == address_be))
 		return host;
 	/* Where it is crowded a stale entry on the way is written over: the slot stays in use, so no other
 	 * host's search is cut short. */
-	const bool crowded = is_crowded(e);
-	uint32_t slot = home(e, address_be);
-	while (e->hosts.slot[slot].address_be != 0 && !(crowded && is_stale(e, &e->hosts.slot[slot])))
-		slot = next_slot(e, slot);
-	if (e->hosts.slot[slot].address_be == 0) {
+	if (NAT_UNLIKELY(is_crowded(e))) {
+		for (host = &e->hosts.slot[at]; host->address_be != 0 && !is_stale(e, host);
+		     host = &e->hosts.slot[at])
+			at = next_slot(e, at);
+	}
+	if (host->address_be == 0) {
 		if (e->hosts.used >= e->hosts.n_slots - e->hosts.n_slots / 8)
 			return NULL;
 		e->hosts.used++;
 	}
-	e->hosts.slot[slot] = (struct nat_host){.address_be = address_be,
-						.tokens = e->policy->limits.new_per_host_per_s,
-						.tokens_s = e->now_s};
-	return &e->hosts.slot[slot];
+	*host = (struct nat_host){.address_be = address_be,
+				  .tokens = e->policy->limits.new_per_host_per_s,
+				  .tokens_s = e->now_s};
+	return host;
 }
 
 static void remove_slot(struct nat_engine *e, uint32_t hole)
@@ -87,7 +97,7 @@ enum nat_reason nat_host_admit(struct nat_engine *e, uint32_t address_be)
 
 	if (limits->sessions_per_host == 0 && limits->new_per_host_per_s == 0)
 		return NAT_REASON_OK;
-	struct nat_host *host = find_or_add(e, address_be);
+	struct nat_host *host = find_or_add(e, home(e, address_be), address_be);
 	if (!host)
 		return NAT_REASON_OK;
 	if (limits->sessions_per_host != 0 && host->sessions >= limits->sessions_per_host)
@@ -125,7 +135,12 @@ static void move(struct nat_host *host)
 
 void nat_host_add(struct nat_engine *e, uint32_t address_be, uint32_t paired_be)
 {
-	struct nat_host *host = find_or_add(e, address_be);
+	nat_host_add_at(e, home(e, address_be), address_be, paired_be);
+}
+
+void nat_host_add_at(struct nat_engine *e, uint32_t at, uint32_t address_be, uint32_t paired_be)
+{
+	struct nat_host *host = find_or_add(e, at, address_be);
 	if (!host)
 		return;
 	if (host->sessions++ == 0)
@@ -184,7 +199,7 @@ bool nat_host_copy(const struct nat_engine *e, uint32_t address_be, struct nat_h
 
 void nat_host_restore(struct nat_engine *e, uint32_t address_be, const struct nat_host *was)
 {
-	struct nat_host *host = was ? find_or_add(e, address_be) : find(e, address_be);
+	struct nat_host *host = was ? find_or_add(e, home(e, address_be), address_be) : find(e, address_be);
 
 	if (host && was && host->sessions == was->sessions) {
 		*host = *was;

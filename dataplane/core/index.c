@@ -24,18 +24,6 @@ uint32_t nat_index_find(const struct nat_index *index, const struct nat_tuple *t
 	return find_in(index, &index->bucket[other], tag, tuple);
 }
 
-static bool put(struct nat_bucket *bucket, uint16_t tag, uint32_t entry, bool moved)
-{
-	uint32_t empty = nat_bucket_ways(bucket, 0);
-	if (!empty)
-		return false;
-	unsigned way = NAT_CTZ64(empty);
-	bucket->entry[way] = entry;
-	bucket->tag[way] = tag;
-	bucket->moved = (uint16_t)((bucket->moved & ~(1u << way)) | (unsigned)moved << way);
-	return true;
-}
-
 /* Takes the entry at `way` out of bucket `from` into its other bucket, which has room. */
 static void displace(struct nat_index *index, uint32_t from, unsigned way)
 {
@@ -43,7 +31,7 @@ static void displace(struct nat_index *index, uint32_t from, unsigned way)
 	uint16_t tag = source->tag[way];
 	uint32_t to = nat_index_alternate(index, from, tag);
 	bool was_moved = source->moved >> way & 1;
-	bool done = put(&index->bucket[to], tag, source->entry[way], !was_moved);
+	bool done = nat_bucket_put(&index->bucket[to], tag, source->entry[way], !was_moved);
 
 	NAT_ASSERT(done);
 	if (was_moved)
@@ -100,13 +88,13 @@ bool nat_index_insert(struct nat_index *index, uint64_t hash, uint32_t record, u
 	struct nat_bucket *bucket = nat_index_bucket(index, hash);
 	const uint32_t entry = record << 1 | side, number = (uint32_t)(bucket - index->bucket);
 
-	if (put(bucket, tag, entry, false))
+	if (nat_bucket_put(bucket, tag, entry, false))
 		return true;
 	const uint32_t other = nat_index_alternate(index, number, tag);
 	for (int attempt = 0; attempt < 2; attempt++) {
-		if (put(bucket, tag, entry, false))
+		if (nat_bucket_put(bucket, tag, entry, false))
 			return true;
-		if (other != number && put(&index->bucket[other], tag, entry, true)) {
+		if (other != number && nat_bucket_put(&index->bucket[other], tag, entry, true)) {
 			bucket->strangers++;
 			return true;
 		}

@@ -83,7 +83,7 @@ struct nat_pool_note {
 struct nat_zone_note {
 	uint64_t created, refused;
 	uint32_t cursor;   /* round robin: offset in the pool's order of the address that is next */
-	uint32_t forecast; /* where the cursor will be in the course of a burst, see allocate.c */
+	uint32_t forecast; /* where the cursor will be in the course of a burst, see begin.c */
 };
 
 /* A block of ports of one address, given to a host as long as it has mappings or sessions there. */

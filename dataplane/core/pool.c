@@ -187,7 +187,7 @@ struct ours {
 	uint32_t worker;
 };
 
-static struct ours ours_of(const struct nat_engine *e, const struct nat_tuple *outside)
+NAT_ALWAYS_INLINE struct ours ours_of(const struct nat_engine *e, const struct nat_tuple *outside)
 {
 	struct ours ours = {.worker = e->worker};
 
@@ -394,12 +394,22 @@ static uint32_t port_of_ours(const struct ours *ours, uint32_t chance, struct sp
 	return port;
 }
 
+/* Several at once, in as many lanes as the processor has. `n` is a multiple of 8. */
+NAT_FOR_EACH_CPU static void make_numbers(const struct nat_random *random, uint64_t *value, uint32_t n)
+{
+	const struct nat_key key = random->key;
+	const uint64_t first = random->counter;
+
+	for (uint32_t i = 0; i < n / 8 * 8; i++)
+		value[i] = nat_sip64(&key, first + i);
+}
+
 void nat_port_look_ahead(struct nat_engine *e, uint32_t n)
 {
+	_Static_assert(NAT_BURST_MAX % 8 == 0, "rounded up, they fit");
 	e->ahead.first = e->random.counter;
 	e->ahead.n = n;
-	for (uint32_t i = 0; i < n; i++)
-		e->ahead.value[i] = nat_sip64(&e->random.key, e->random.counter + i);
+	make_numbers(&e->random, e->ahead.value, (n + 7) / 8 * 8);
 }
 
 /* The number of a counter is the same whenever it is made. */
@@ -424,7 +434,7 @@ static uint32_t port_of_set(const struct nat_portset *set, struct span span, uin
 }
 
 uint16_t nat_port_forecast(const struct nat_engine *e, const struct nat_tuple *outside, uint32_t ahead,
-			   uint16_t first, uint16_t last, bool alike, uint16_t like_be)
+			   uint16_t first, uint16_t last, bool alike, uint16_t like_be, bool *of_set)
 {
 	const struct span all = {first, last}, span = alike ? class_of(all, like_be) : all;
 	const struct ours ours = ours_of(e, outside);
@@ -432,6 +442,7 @@ uint16_t nat_port_forecast(const struct nat_engine *e, const struct nat_tuple *o
 	const struct nat_portset *set = find_set(e, outside->local_be, outside->remote_be,
 						 outside->remote_port_be, outside->protocol);
 
+	*of_set = set != NULL;
 	if (NAT_UNLIKELY(set != NULL) && !alike)
 		return NAT_HTON16(port_of_set(set, all, chance));
 	return NAT_HTON16(port_of_ours(&ours, (uint32_t)chance, span, alike, like_be));

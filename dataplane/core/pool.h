@@ -79,9 +79,10 @@ uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t
  * port they look at. */
 void nat_port_look_ahead(struct nat_engine *e, uint32_t n);
 
-/* The port that the next call but `ahead` will look at first, under that condition. Changes nothing. */
+/* The port that the next call but `ahead` will look at first, under that condition, or 0. Changes nothing. `of_set`: the pair
+ * is hot, so that a set will tell and not chance. */
 uint16_t nat_port_forecast(const struct nat_engine *e, const struct nat_tuple *outside, uint32_t ahead,
-			   uint16_t first, uint16_t last, bool alike, uint16_t like_be);
+			   uint16_t first, uint16_t last, bool alike, uint16_t like_be, bool *of_set);
 
 /* This port is taken, by somebody who has not asked: a session that comes from a peer. True: tracked, as above. */
 bool nat_port_claim(struct nat_engine *e, const struct nat_tuple *outside);

@@ -156,27 +156,35 @@ static void count_mapping(struct nat_engine *e, const struct nat_session *s, int
 			(uint64_t)(int64_t)by;
 }
 
-static bool index_both(struct nat_engine *e, uint32_t record)
+static bool insert(struct nat_index *index, uint64_t hash, uint32_t record, uint8_t side)
 {
-	const struct nat_session *s = &e->record[record];
-	const struct nat_tuple outside = nat_session_outside(s);
-	const uint64_t inside_hash = nat_tuple_hash(&e->index.key, &s->inside);
+	return NAT_LIKELY(nat_bucket_put(nat_index_bucket(index, hash), nat_index_tag(hash),
+					 record << 1 | side, false)) ||
+	       nat_index_insert(index, hash, record, side);
+}
 
-	if (!nat_index_insert(&e->index, inside_hash, record, 0))
+static bool index_under(struct nat_engine *e, uint32_t record, uint64_t inside_hash, uint64_t outside_hash)
+{
+	if (!insert(&e->index, inside_hash, record, 0))
 		return false;
-	if (nat_index_insert(&e->index, nat_tuple_hash(&e->index.key, &outside), record, 1))
+	if (insert(&e->index, outside_hash, record, 1))
 		return true;
 	nat_index_remove(&e->index, inside_hash, record, 0);
 	return false;
 }
 
-uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want)
+static bool index_both(struct nat_engine *e, uint32_t record)
 {
-	if (e->records_left == 0 || (e->n_free == 0 && !lease_chunk(e)))
-		return NAT_NO_RECORD;
-	const uint32_t record = e->free_record[e->n_free - 1];
-	struct nat_session *s = &e->record[record];
+	const struct nat_session *s = &e->record[record];
+	const struct nat_tuple outside = nat_session_outside(s);
 
+	return index_under(e, record, nat_tuple_hash(&e->index.key, &s->inside),
+			   nat_tuple_hash(&e->index.key, &outside));
+}
+
+/* All but what makes it count. */
+NAT_ALWAYS_INLINE void fill(const struct nat_engine *e, struct nat_session *s, const struct nat_session *want)
+{
 	/* Field by field, as `want` was just written: a copy in large words would wait for all of those stores. */
 	s->inside = want->inside;
 	s->out_addr_be = want->out_addr_be;
@@ -190,18 +198,39 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	s->created_s = s->last_seen_s = e->now_s;
 	s->bytes_out = want->bytes_out;
 	s->bytes_in = want->bytes_in;
-	if (!index_both(e, record))
-		return NAT_NO_RECORD;
+}
+
+/* From here on the record, which is the next free one, counts, also for a process that comes after this one. */
+NAT_ALWAYS_INLINE void publish(struct nat_engine *e, struct nat_session *s, uint8_t timer)
+{
 	e->n_free--;
 	e->records_left--;
-	/* From here on the record counts, also for a process that comes after this one. */
 	atomic_signal_fence(memory_order_release);
-	*(volatile uint8_t *)&s->timer = want->timer;
+	*(volatile uint8_t *)&s->timer = timer;
+	e->counters.records++;
+}
+
+static void count_created(struct nat_engine *e, const struct nat_session *s)
+{
+	e->counters.sessions_created++;
+	e->counters.traffic[nat_traffic_kind(s->inside.protocol)].sessions_created++;
+}
+
+uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want)
+{
+	if (e->records_left == 0 || (e->n_free == 0 && !lease_chunk(e)))
+		return NAT_NO_RECORD;
+	const uint32_t record = e->free_record[e->n_free - 1];
+	struct nat_session *s = &e->record[record];
+
+	fill(e, s, want);
+	if (!index_both(e, record))
+		return NAT_NO_RECORD;
+	publish(e, s, want->timer);
 	if (nat_session_owns_port(s))
 		nat_block_count(e, s, true);
 	if (NAT_UNLIKELY(e->log) && e->trial == NAT_TRIAL_NONE && !(s->state & NAT_STATE_FOREIGN))
 		nat_event_begins(e, s);
-	e->counters.records++;
 	if (s->flags & NAT_RECORD_MAPPING) {
 		count_mapping(e, s, 1);
 		return record;
@@ -212,10 +241,38 @@ uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want
 	count_session(e, s, 1);
 	if (e->workers)
 		nat_away_count(e, s, s->state & NAT_STATE_FOREIGN ? NAT_AWAY_ADOPTED : NAT_AWAY_BORROWED);
-	e->counters.sessions_created++;
-	e->counters.traffic[nat_traffic_kind(s->inside.protocol)].sessions_created++;
+	count_created(e, s);
 	if (s->flags & NAT_RECORD_PERMITS)
 		add_permit(e, record);
+	return record;
+}
+
+uint32_t nat_session_begin(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_plan *plan)
+{
+	const struct nat_zone *zone = &e->policy->zone[pkt->zone];
+	const struct nat_session want = {.inside = pkt->tuple,
+					 .out_addr_be = plan->address_be,
+					 .out_port_be = plan->port_be,
+					 .zone_id = zone->id,
+					 .pool_id = e->policy->pool[zone->config.pool].id};
+
+	if (NAT_UNLIKELY(e->records_left == 0 || e->n_free == 0))
+		return NAT_NO_RECORD;
+	const uint32_t record = e->free_record[e->n_free - 1];
+	struct nat_session *s = &e->record[record];
+
+	fill(e, s, &want);
+	if (NAT_UNLIKELY(!index_under(e, record, pkt->hash, plan->hash)))
+		return NAT_NO_RECORD;
+	publish(e, s, (uint8_t)nat_first_timer(e, pkt));
+	if (NAT_UNLIKELY(e->log))
+		nat_event_begins(e, s);
+	if (NAT_UNLIKELY(e->replicas.n_words))
+		nat_replica_begins(e, record);
+	nat_wheel_hang(e, record);
+	e->counters.sessions++;
+	e->notes->address[plan->address].sessions++;
+	count_created(e, s);
 	return record;
 }
 

@@ -182,6 +182,20 @@ static inline uint32_t nat_bucket_ways(const struct nat_bucket *bucket, uint16_t
 	return nat_equal_lanes((const uint16_t *)(const void *)bucket, tag) & ((1u << NAT_WAYS) - 1);
 }
 
+/* False: it is full. */
+static inline bool nat_bucket_put(struct nat_bucket *bucket, uint16_t tag, uint32_t entry, bool moved)
+{
+	const uint32_t empty = nat_bucket_ways(bucket, 0);
+
+	if (!empty)
+		return false;
+	const unsigned way = NAT_CTZ64(empty);
+	bucket->entry[way] = entry;
+	bucket->tag[way] = tag;
+	bucket->moved = (uint16_t)((bucket->moved & ~(1u << way)) | (unsigned)moved << way);
+	return true;
+}
+
 /* The other bucket that an entry with this tag may stand in; its other one is this one again. */
 static inline uint32_t nat_index_alternate(const struct nat_index *index, uint32_t bucket, uint16_t tag)
 {

@@ -66,7 +66,7 @@ void proof_put(void)
 
 	before = bucket;
 	const bool had_room = nat_bucket_ways(&before, 0) != 0;
-	assert(put(&bucket, tag, entry, moved) == had_room);
+	assert(nat_bucket_put(&bucket, tag, entry, moved) == had_room);
 	const bool same = bucket.tag[way] == before.tag[way] && bucket.entry[way] == before.entry[way] &&
 			  (bucket.moved >> way & 1) == (before.moved >> way & 1);
 	const bool is_it = before.tag[way] == 0 && bucket.tag[way] == tag && bucket.entry[way] == entry &&
