@@ -104,6 +104,21 @@ bool request_read_text(struct request_context *c, const char *key, const char **
 	return true;
 }
 
+bool request_read_given(struct request_context *c, const char *key, const char **out)
+{
+	const char *text = NULL;
+
+	if (!request_read_text(c, key, &text))
+		return false;
+	if (text && !*text) {
+		request_refuse(c, "\"%s\" is empty; give it a value, or leave it out", key);
+		return false;
+	}
+	if (text)
+		*out = text;
+	return true;
+}
+
 bool request_read_flag(struct request_context *c, const char *key, bool *out)
 {
 	const json_t *value = json_object_get(c->request, key);

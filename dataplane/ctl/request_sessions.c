@@ -86,7 +86,7 @@ static bool read_end(struct request_context *c, const char *key, struct filter *
 {
 	const char *text = NULL;
 
-	if (!request_read_text(c, key, &text))
+	if (!request_read_given(c, key, &text))
 		return false;
 	if (!text)
 		return true;
@@ -103,8 +103,9 @@ static bool read_filter(struct request_context *c, struct filter *filter)
 
 	if (!read_end(c, "host", filter, &filter->host) || !read_end(c, "remote", filter, &filter->remote) ||
 	    !read_end(c, "outside", filter, &filter->outside) ||
-	    !request_read_text(c, "protocol", &protocol) || !request_read_text(c, "state", &filter->state) ||
-	    !request_read_text(c, "pool", &filter->pool) ||
+	    !request_read_given(c, "protocol", &protocol) ||
+	    !request_read_given(c, "state", &filter->state) ||
+	    !request_read_given(c, "pool", &filter->pool) ||
 	    !request_read_count(c, "older_s", UINT32_MAX, &filter->older_s) ||
 	    !request_read_count(c, "younger_s", UINT32_MAX, &filter->younger_s))
 		return false;

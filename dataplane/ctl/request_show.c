@@ -354,7 +354,7 @@ json_t *request_show_pools(struct request_context *c)
 	const char *only = NULL;
 	json_t *list;
 
-	if (!request_only_keys(c, keys, COUNT(keys)) || !request_read_text(c, "pool", &only) ||
+	if (!request_only_keys(c, keys, COUNT(keys)) || !request_read_given(c, "pool", &only) ||
 	    !request_read_count(c, "limit", CONFIG_ADDRESSES_MAX, &room) ||
 	    !request_read_count(c, "small", CONFIG_ADDRESSES_MAX, &small))
 		return NULL;

@@ -121,6 +121,15 @@ def test_an_empty_filter_is_an_error_and_never_taken_for_none(
     assert len(json.loads(out)["sessions"]) == 1
 
 
+@pytest.mark.parametrize("key", ["host", "remote", "outside", "protocol", "state", "pool"])
+@pytest.mark.parametrize("request_", [{"cmd": "show", "what": "sessions"}, {"cmd": "clear"}])
+def test_the_engine_too_refuses_an_empty_filter(engine: Bench, request_: dict[str, str], key: str) -> None:
+    engine.send(udp("100.64.0.2:40000 > 198.51.100.1:5000"))
+    answer = engine.ctl(**request_, **{key: ""})
+    assert answer == {"ok": False, "error": f'"{key}" is empty; give it a value, or leave it out'}
+    assert len(engine.ctl(cmd="show", what="sessions")["sessions"]) == 1
+
+
 def test_a_refused_listing_is_one_answer_with_nothing_before_it(engine: Bench, ctl: Ctl) -> None:
     status, out, err = ctl("show", "sessions", "--host", "nobody", "--json")
     assert status == 1
