@@ -60,12 +60,8 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 3
 
 
-class FlashError(Exception):
-    """One sentence, and the exit status it deserves."""
-
-    def __init__(self, message: str, *, status: int = EXIT_FAILED) -> None:
-        super().__init__(message)
-        self.status = status
+class FlashError(BuildError):
+    """As there: one sentence, and the exit status it deserves."""
 
 
 def refused(message: str) -> FlashError:
@@ -438,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nflash: interrupted; the disk does not boot now, run this again", file=sys.stderr)
         return 130
-    except (FlashError, BuildError) as error:
+    except BuildError as error:
         if options.debug:
             raise
         print(f"flash: {error}", file=sys.stderr)

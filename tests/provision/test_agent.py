@@ -447,32 +447,25 @@ def test_only_what_changed_is_reloaded(change: dict[str, object], expected: list
     assert actions_between(MANIFEST | change, MANIFEST) == expected
 
 
-def test_the_agent_answers_what_is_not_json_with_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("not json", "usage"),
+        (json.dumps({"protocol": PROTOCOL, "do": "probe", "addresses": 5}), "failed"),  # of the wrong type
+    ],
+)
+def test_a_request_that_makes_no_sense_is_answered_in_one_line(tmp_path: Path, text: str, kind: str) -> None:
     FakeMachine(tmp_path / "dsnat")
     done = subprocess.run(
         [sys.executable, ROOT / "provision/agent/__main__.py"],
-        input="not json",
+        input=text,
         env={"DSNAT_ROOT": str(tmp_path / "dsnat")},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    assert json.loads(done.stdout)["error"]["kind"] == "usage"
-
-
-def test_a_request_of_the_wrong_types_is_answered_in_one_line(tmp_path: Path) -> None:
-    FakeMachine(tmp_path / "dsnat")
-    done = subprocess.run(
-        [sys.executable, ROOT / "provision/agent/__main__.py"],
-        input=json.dumps({"protocol": PROTOCOL, "do": "probe", "addresses": 5}),
-        env={"DSNAT_ROOT": str(tmp_path / "dsnat")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["error"]["kind"] == "failed"
+    assert json.loads(done.stdout)["error"]["kind"] == kind
     assert done.stderr == ""
 
 
