@@ -17,6 +17,7 @@
  *     dsnatd.c          command line
  *     daemon/life.c     start and stop
  *     daemon/loop.c     the control thread
+ *     daemon/spare.c    a second process, prepared to go on
  *     daemon/plan.c     what runs now, and how it is swapped
  *     daemon/vrrp.c     what VRRP is told, and what of it is believed
  *     daemon/answer.c   requests of the control socket
@@ -106,13 +107,14 @@ static void start_degraded(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
-	enum { CONFIG = 1, SOCKET, SESSIONS, NO_HUGE, DEGRADED, CHECK, FACTS, VERSION, JSON, HELP };
+	enum { CONFIG = 1, SOCKET, SESSIONS, NO_HUGE, DEGRADED, SPARE, CHECK, FACTS, VERSION, JSON, HELP };
 	static const struct option known[] = {
 		{"config", required_argument, NULL, CONFIG},
 		{"socket", required_argument, NULL, SOCKET},
 		{"sessions", required_argument, NULL, SESSIONS},
 		{"no-huge", no_argument, NULL, NO_HUGE},
 		{"degraded", no_argument, NULL, DEGRADED},
+		{"spare", required_argument, NULL, SPARE}, /* only by dsnatd itself: daemon/spare.c */
 		{"check", required_argument, NULL, CHECK},
 		{"facts", required_argument, NULL, FACTS},
 		{"version", no_argument, NULL, VERSION},
@@ -120,7 +122,10 @@ int main(int argc, char **argv)
 		{"help", no_argument, NULL, HELP},
 		{0},
 	};
-	struct daemon d = {.options = {.config = DEFAULT_CONFIG,
+	struct daemon d = {.listener = -1,
+			   .spare = {.predecessor_fd = -1},
+			   .options = {.argv = argv,
+				       .config = DEFAULT_CONFIG,
 				       .socket = DEFAULT_SOCKET,
 				       .no_huge = getenv("DSNATD_NO_HUGE") != NULL}};
 	const char *to_check = NULL;
@@ -147,6 +152,9 @@ int main(int argc, char **argv)
 			break;
 		case DEGRADED:
 			d.options.degraded = true;
+			break;
+		case SPARE:
+			d.options.spare_of = (pid_t)atol(optarg);
 			break;
 		case CHECK:
 		case FACTS:

@@ -74,6 +74,7 @@ class Limits(Model):
 class Engine(Model):
     workers: Workers = "auto"
     max_sessions: Annotated[int, Field(ge=1024, le=1_000_000_000)] | None = None
+    spare: Literal["off", "on"] | None = None
 
 
 class Ssh(Model):

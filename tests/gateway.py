@@ -91,13 +91,19 @@ class Gateway:
     def argv(self) -> tuple[str, ...]:
         return (str(self.program), "--config", str(self.file), "--socket", str(self.socket))
 
-    def start(self, *options: str, ready_s: float = 30, env: Mapping[str, str] | None = None) -> None:
+    def start(
+        self, *options: str, ready_s: float = 30, env: Mapping[str, str] | None = None, wait: bool = True
+    ) -> None:
         """Starts the engine and waits for its word."""
         self.starts += 1
         settings = [f"{name}={value}" for name, value in (env or {}).items()]
         argv = (*self.argv(), "--no-huge", *options)
         self.daemon = self.space.start("env", *settings, *argv, log=f"{self.log}-{self.starts}.log")
 
+        if wait:
+            self.wait_ready(ready_s=ready_s)
+
+    def wait_ready(self, *, ready_s: float = 30) -> None:
         def ready() -> bool:
             assert self.daemon.running, f"dsnatd ended at once:\n{self.daemon.text()[-3000:]}"
             return "dsnatd: ready" in self.daemon.text()

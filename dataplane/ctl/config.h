@@ -59,6 +59,7 @@ struct config {
 	struct config_problem *problems; /* in the file's order */
 	uint32_t n_problems, n_errors, n_warnings;
 	struct sync_settings sync;
+	bool spare; /* a second process is kept prepared */
 	struct config_arena *arena;
 };
 

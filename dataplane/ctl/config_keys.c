@@ -89,10 +89,12 @@ const char *config_refusal_word(enum nat_refusal refusal)
 
 static void read_engine(struct config *config, const struct node *node)
 {
-	enum { WORKERS, MAX_SESSIONS };
-	static const struct key keys[] = {
-		[WORKERS] = {"workers", false}, [MAX_SESSIONS] = {"max_sessions", false}};
+	enum { WORKERS, MAX_SESSIONS, SPARE };
+	static const struct key keys[] = {[WORKERS] = {"workers", false},
+					  [MAX_SESSIONS] = {"max_sessions", false},
+					  [SPARE] = {"spare", false}};
 	const struct node *value[COUNT(keys)];
+	unsigned word;
 
 	if (!node || !config_fields(config, node, "engine", keys, COUNT(keys), value))
 		return;
@@ -109,6 +111,8 @@ static void read_engine(struct config *config, const struct node *node)
 	if (value[MAX_SESSIONS])
 		config_read_number(config, value[MAX_SESSIONS], "max_sessions", 1024, CONFIG_SESSIONS_MAX,
 				   &config->nat.max_sessions);
+	if (config_read_word(config, value[SPARE], "spare", switch_words, COUNT(switch_words), &word))
+		config->spare = word == 1;
 }
 
 static bool is_hex(const char *text, size_t n)

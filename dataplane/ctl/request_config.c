@@ -216,13 +216,14 @@ static json_t *config_json(const struct config *config)
 	for (uint32_t i = 0; i < config->n_collectors; i++)
 		json_array_append_new(logging, collector_json(nat, &config->collectors[i]));
 	json_t *all = json_pack(
-		"{s:{s:o, s:o}, s:o, s:o, s:o, s:o, s:o, s:{s:o, s:o, s:o, s:o, s:o}, s:o, s:s, s:s, s:s, "
+		"{s:{s:o, s:o, s:s}, s:o, s:o, s:o, s:o, s:o, s:{s:o, s:o, s:o, s:o, s:o}, s:o, s:s, s:s, "
+		"s:s, "
 		"s:s}",
 		"engine", "workers", nat->workers ? request_number(nat->workers) : json_string("auto"),
-		"max_sessions", request_number(nat->max_sessions), "interfaces", interfaces, "pools", pools,
-		"zones", zones, "static", statics, "logging", logging, "limits", "sessions_per_host",
-		request_number(nat->limits.sessions_per_host), "new_per_host_per_s",
-		request_number(nat->limits.new_per_host_per_s), "icmp_errors_per_s",
+		"max_sessions", request_number(nat->max_sessions), "spare", config->spare ? "on" : "off",
+		"interfaces", interfaces, "pools", pools, "zones", zones, "static", statics, "logging",
+		logging, "limits", "sessions_per_host", request_number(nat->limits.sessions_per_host),
+		"new_per_host_per_s", request_number(nat->limits.new_per_host_per_s), "icmp_errors_per_s",
 		request_number(nat->limits.icmp_errors_per_s), "held_ports",
 		request_number(nat->limits.held_ports), "fragments", request_number(nat->limits.fragments),
 		"timeouts", timeouts_json(&nat->timeouts), "tcp_midflow",

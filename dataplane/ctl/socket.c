@@ -266,6 +266,11 @@ static void drop_stalled(struct socket_server *s)
 
 /* ---- server ---- */
 
+int socket_listener(const struct socket_server *s)
+{
+	return s->listener;
+}
+
 int socket_fd(const struct socket_server *s)
 {
 	return s->epoll;
@@ -329,7 +334,7 @@ static int open_listener(const struct sockaddr_un *address)
 	return error;
 }
 
-struct socket_server *socket_open(const char *path, const struct request_ops *ops, char *why,
+struct socket_server *socket_open(const char *path, int listener, const struct request_ops *ops, char *why,
 				  size_t why_bytes)
 {
 	struct socket_server *s = calloc(1, sizeof(*s));
@@ -345,7 +350,7 @@ struct socket_server *socket_open(const char *path, const struct request_ops *op
 	s->ops = ops;
 	s->address.sun_family = AF_UNIX;
 	memcpy(s->address.sun_path, path, strlen(path) + 1);
-	if (stat(path, &found) == 0) {
+	if (listener < 0 && stat(path, &found) == 0) {
 		if (!S_ISSOCK(found.st_mode)) {
 			snprintf(why, why_bytes,
 				 "%s exists and is not a socket; remove it or choose another path", path);
@@ -360,7 +365,7 @@ struct socket_server *socket_open(const char *path, const struct request_ops *op
 		}
 		unlink(path);
 	}
-	s->listener = open_listener(&s->address);
+	s->listener = listener < 0 ? open_listener(&s->address) : listener;
 	s->epoll = epoll_create1(EPOLL_CLOEXEC);
 	s->timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
 	if (s->listener >= 0 && s->epoll >= 0 && s->timer >= 0 &&

@@ -10,10 +10,15 @@
 
 struct socket_server;
 
-/* Makes `path` (a stale socket that nobody listens on is replaced; a live one is an error) with mode 0660. On
+/* `listener`: of an earlier process, which listens on `path` already; -1: none.
+ *
+ * Makes `path` (a stale socket that nobody listens on is replaced; a live one is an error) with mode 0660. On
  * failure returns NULL and a sentence in `why`. `ops` must outlive the server. */
-struct socket_server *socket_open(const char *path, const struct request_ops *ops, char *why,
+struct socket_server *socket_open(const char *path, int listener, const struct request_ops *ops, char *why,
 				  size_t why_bytes);
+
+/* What a later process may be given. */
+int socket_listener(const struct socket_server *server);
 
 /* Readable whenever socket_serve() has something to do (an epoll descriptor). */
 int socket_fd(const struct socket_server *server);

@@ -183,6 +183,7 @@ void daemon_reload(struct daemon *d)
 			daemon_say(why);
 		else
 			next = NULL; /* it is the plan's now */
+		daemon_end_spare(d); /* the next one reads the new file */
 	}
 	if (next)
 		config_free(next);

@@ -42,16 +42,27 @@ enum status {
 struct options {
 	const char *config, *socket, *sessions;
 	bool no_huge, degraded;
+	pid_t spare_of; /* the process that this one is prepared to go on for; 0: none */
+	char **argv;
 };
 
 /* what a start takes its time for, in this order */
-enum start { START_SESSIONS, START_DPDK, START_PORTS, START_ENGINES, STARTS };
+enum start { START_SESSIONS, START_DPDK, START_PORTS, START_ENGINES, START_FORWARDING, STARTS };
 
 struct retired {
 	struct retired *next;
 	uint64_t generation; /* free it when every worker has reached this */
 	void (*release)(void *object);
 	void *object;
+};
+
+struct will;
+struct spare {
+	struct will *will; /* NULL: there is nothing to inherit */
+	int will_fd, predecessor_fd;
+	pid_t pid;        /* who waits for our end; 0: nobody */
+	uint64_t next_ns; /* not before that one is started */
+	bool refused;     /* with the configuration that is there it would not be ours */
 };
 
 struct daemon {
@@ -96,6 +107,9 @@ struct daemon {
 	struct sync *sync;                   /* NULL: there is no peer */
 	uint64_t rounds[NAT_WORKERS_MAX];    /* at the last tick */
 	uint32_t stalled_s[NAT_WORKERS_MAX]; /* since when there were none */
+	struct spare spare;
+	bool is_heir; /* was a spare itself */
+	int listener; /* inherited; -1: none */
 	bool stop;
 	bool restart; /* the end is not what the operator wanted: status 1, and systemd starts it again */
 };
@@ -132,7 +146,17 @@ void daemon_follow_tenure(struct daemon *d);
 void daemon_follow_offer(struct daemon *d);
 void daemon_look_for_rivals(struct daemon *d);
 
+/* spare.c: a second process, prepared to go on */
+bool daemon_make_will(struct daemon *d);
+void daemon_drop_will(struct daemon *d);
+int daemon_run_worker(void *worker);
+void daemon_follow_spare(struct daemon *d);
+void daemon_end_spare(struct daemon *d);
+enum status daemon_wait_as_spare(struct daemon *d);
+void daemon_outwait_predecessor(struct daemon *d);
+
 /* life.c: start and stop */
+size_t daemon_engine_bytes(struct daemon *d, uint32_t worker);
 enum status daemon_fail(enum status status, const char *sentence);
 enum status daemon_serve(struct daemon *d);
 

@@ -36,23 +36,31 @@ static enum status open_devices(struct daemon *d)
 	const struct nat_config *config = &d->plan->config->nat;
 	struct eal_options options = {.no_huge = d->options.no_huge || !eal_has_hugepages(),
 				      .n_workers = d->n_workers};
-	uint32_t n_dpdk = 0;
+	uint32_t n_dpdk = 0, n_pci = 0;
 	char why[512];
 
-	for (uint32_t i = 0; i < config->n_interfaces; i++)
+	for (uint32_t i = 0; i < config->n_interfaces; i++) {
 		n_dpdk += config->interfaces[i].path == NAT_PATH_DPDK;
+		n_pci += eal_is_pci(config->interfaces[i].device);
+	}
 	if (!n_dpdk)
 		return STOPPED;
+	if (d->is_heir && (n_pci || nft_wanted(config)))
+		daemon_outwait_predecessor(d);
 	options.memory_mb = ports_memory_mb(config, d->n_workers);
 	if (options.no_huge && !d->options.no_huge)
 		daemon_say("no hugepages are free: plain pages are used, which costs speed (set "
 			   "vm.nr_hugepages)");
-	if (guards_install(config, why, sizeof why) || eal_start(config, &options, why, sizeof why))
+	/* an heir finds the guards in place; they are looked at as soon as packets go */
+	d->rules_changed = d->is_heir;
+	if (d->is_heir
+		    ? eal_add_devices(config, d->n_workers, why, sizeof why)
+		    : guards_install(config, why, sizeof why) || eal_start(config, &options, why, sizeof why))
 		return daemon_fail(NO_DEVICE, why);
 	d->eal = true;
 	d->moment_ns[START_DPDK] = thread_clock_ns();
 	if (ports_open(&d->ports, config, d->n_workers, why, sizeof why) ||
-	    twins_open(&d->twins, &d->ports, d->n_workers, why, sizeof why))
+	    twins_open(&d->twins, &d->ports, d->n_workers, d->is_heir, why, sizeof why))
 		return daemon_fail(NO_DEVICE, why);
 	return STOPPED;
 }
@@ -146,6 +154,13 @@ static void resize(struct daemon *d, const char *path)
 			(unsigned long long)max_sessions);
 }
 
+size_t daemon_engine_bytes(struct daemon *d, uint32_t worker)
+{
+	const struct nat_engine_params params = engine_params(d, worker, 0);
+
+	return nat_engine_size(&params);
+}
+
 static enum status open_sessions(struct daemon *d, uint64_t seed)
 {
 	uint64_t max_sessions = d->plan->config->nat.max_sessions;
@@ -158,7 +173,7 @@ static enum status open_sessions(struct daemon *d, uint64_t seed)
 		snprintf(path, sizeof path, "%s", d->options.sessions);
 	else if (!strcmp(d->options.socket, DEFAULT_SOCKET))
 		memory_session_path(bytes, d->options.no_huge, path, sizeof path);
-	if (memory_sessions(&d->sessions, path, bytes, why, sizeof why))
+	if (!d->is_heir && memory_sessions(&d->sessions, path, bytes, why, sizeof why))
 		return strstr(why, "cannot be had") ? no_room(d, why, max_sessions * 48)
 						    : daemon_fail(IN_USE, why);
 	resize(d, path);
@@ -187,7 +202,8 @@ static enum status open_worker(struct daemon *d, uint32_t index, uint64_t seed)
 	if (thread_init(&w->thread, index, &d->generation, d->plan, d->route))
 		return daemon_fail(FAILED, "no descriptors for a worker");
 	w->thread.core = eal_core_of(index, d->n_workers);
-	if (memory_plain(&d->engine_memory[index], nat_engine_size(&params), d->options.no_huge))
+	if (!d->engine_memory[index].base &&
+	    memory_plain(&d->engine_memory[index], nat_engine_size(&params), d->options.no_huge))
 		return no_room(d, "no memory for an engine", nat_engine_size(&params));
 	w->thread.engine = nat_engine_init(d->engine_memory[index].base, &params);
 	if (!w->thread.engine)
@@ -214,7 +230,7 @@ static enum status open_socket(struct daemon *d, struct request_ops *ops)
 		(void)mkdir("/run/dsnatd", 0755);
 	*ops = daemon_request_ops(d);
 	d->ops = ops;
-	d->socket = socket_open(d->options.socket, ops, why, sizeof why);
+	d->socket = socket_open(d->options.socket, d->listener, ops, why, sizeof why);
 	return d->socket ? STOPPED : daemon_fail(IN_USE, why);
 }
 
@@ -286,13 +302,19 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 			twin_set_carrier(&d->twins.twin[i], true);
 	if (d->eal && twins_start(&d->twins))
 		return daemon_fail(FAILED, "no thread for the kernel twins");
-	for (uint32_t w = 0; w < d->n_workers && d->eal; w++)
-		if (rte_eal_remote_launch(worker_run, &d->workers[w], w + 1))
+	if (d->eal && !daemon_make_will(d))
+		return daemon_fail(NO_MEMORY, "no memory to share with a second process");
+	for (uint32_t w = 0; w < d->n_workers && d->eal; w++) {
+		d->workers[w].will = d->spare.will;
+		if (rte_eal_remote_launch(daemon_run_worker, &d->workers[w], w + 1))
 			return daemon_fail(FAILED, "a worker does not start");
+	}
 	for (; !d->eal && d->n_queue_threads < d->n_queues; d->n_queue_threads++)
 		if (pthread_create(&d->queue_thread[d->n_queue_threads], NULL, queue_run,
 				   &d->queues[d->n_queue_threads]))
 			return daemon_fail(FAILED, "a worker does not start");
+	d->moment_ns[START_FORWARDING] = thread_clock_ns();
+	daemon_outwait_predecessor(d);
 	if ((status = open_sync(d)))
 		return status;
 	standing_open(&d->standing, d->options.socket, is_usual(d));
@@ -310,6 +332,7 @@ static enum status start(struct daemon *d, struct request_ops *ops)
 static void stop(struct daemon *d)
 {
 	sd_notify(0, "STOPPING=1");
+	daemon_end_spare(d);
 	for (uint32_t w = 0; w < d->n_workers; w++) {
 		atomic_store(&d->workers[w].thread.stop, true);
 		if (d->workers[w].thread.engine)
@@ -320,6 +343,7 @@ static void stop(struct daemon *d)
 		twins_stop(&d->twins);
 		ports_close(&d->ports);
 	}
+	daemon_drop_will(d);
 	for (uint32_t w = 0; w < d->n_queue_threads; w++)
 		pthread_join(d->queue_thread[w], NULL);
 	for (uint32_t w = 0; w < d->n_queues; w++)
@@ -359,13 +383,14 @@ static void say_ready(const struct daemon *d)
 	const double ms = 1e6;
 
 	fprintf(stderr,
-		"dsnatd: ready after %.0f ms: sessions %.0f, DPDK itself %.0f, ports %.0f, engines %.0f, the "
-		"rest %.0f\n",
+		"dsnatd: ready after %.0f ms: sessions %.0f, DPDK itself %.0f, ports %.0f, engines %.0f, "
+		"forwarding %.0f, the rest %.0f\n",
 		(double)(now_ns - d->started_ns) / ms, (double)(at[START_SESSIONS] - d->started_ns) / ms,
 		(double)(at[START_DPDK] - at[START_SESSIONS]) / ms,
 		(double)(at[START_PORTS] - at[START_DPDK]) / ms,
 		(double)(at[START_ENGINES] - at[START_PORTS]) / ms,
-		(double)(now_ns - at[START_ENGINES]) / ms);
+		(double)(at[START_FORWARDING] - at[START_ENGINES]) / ms,
+		(double)(now_ns - at[START_FORWARDING]) / ms);
 }
 
 enum status daemon_serve(struct daemon *d)
@@ -401,10 +426,18 @@ enum status daemon_serve(struct daemon *d)
 		d->rounds[w] = UINT64_MAX;
 	}
 	d->sessions.fd = -1;
+	if (d->options.spare_of && ((status = daemon_wait_as_spare(d)) || !d->is_heir))
+		return status;
 	status = start(d, &ops);
 	if (!status) {
+		if (d->is_heir && getenv("WATCHDOG_PID")) { /* it was the predecessor's duty */
+			char own[16];
+
+			snprintf(own, sizeof own, "%d", getpid());
+			setenv("WATCHDOG_PID", own, 1);
+		}
 		(void)sd_watchdog_enabled(0, &d->watchdog_us);
-		sd_notify(0, "READY=1");
+		sd_notifyf(0, "MAINPID=%d\nREADY=1", getpid());
 		say_ready(d);
 		while (!d->stop)
 			daemon_wait_and_serve(d);

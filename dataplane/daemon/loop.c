@@ -159,6 +159,7 @@ static void tick(struct daemon *d)
 		return;
 	watchdog(d);
 	daemon_look_for_rivals(d);
+	daemon_follow_spare(d);
 	daemon_follow_offer(d);
 	log_drain(&d->log, d->ops, say_event, NULL);
 	export_tell(d->nat_log, say_line, NULL);

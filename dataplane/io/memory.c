@@ -168,6 +168,34 @@ fail:
 	return -1;
 }
 
+int memory_inherit(struct memory *m, int fd, size_t bytes, char *why, size_t why_bytes)
+{
+	struct stat st = {0};
+	struct statfs fs = {0};
+
+	*m = (struct memory){.fd = fd};
+	(void)fcntl(fd, F_SETFD, FD_CLOEXEC);
+	if (!fstatfs(fd, &fs) && !fstat(fd, &st)) {
+		m->huge = fs.f_bsize >= (long)HUGE_BYTES;
+		m->bytes = rounded(bytes, m->huge ? (size_t)fs.f_bsize : 4096);
+		if ((size_t)st.st_size != m->bytes) {
+			snprintf(why, why_bytes,
+				 "engine.max_sessions is another one now than that of the running dsnatd; "
+				 "restart dsnatd for that");
+			return -1;
+		}
+		m->base = mmap(NULL, m->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		if (m->base != MAP_FAILED) {
+			(void)madvise(m->base, m->bytes, MADV_DONTDUMP);
+			touch(m->base, m->bytes);
+			return 0;
+		}
+	}
+	m->base = NULL;
+	snprintf(why, why_bytes, "the session memory cannot be mapped: %s", strerror(errno));
+	return -1;
+}
+
 void memory_trim(struct memory *m, size_t bytes)
 {
 	struct statfs fs;

@@ -373,7 +373,7 @@ def test_a_table_is_as_wide_as_its_widest_cell() -> None:
 
 
 EVERY_KEY = """\
-engine: {workers: 1, max_sessions: 10000}
+engine: {workers: 1, max_sessions: 10000, spare: on}
 interfaces:
   - {name: inside0, role: inside}
   - {name: outside0, role: outside, vlan: 100, mtu: 1400, icmp_errors: off, device: 'net_bonding0,mode=1',

@@ -8,7 +8,9 @@ most of it).
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import signal
 import socket
 import statistics
 import time
@@ -21,7 +23,7 @@ import pytest
 from tests.dataplane.test_failover_net import Probe
 from tests.dataplane.test_pair_net import Connections
 from tests.gateway import POOLS_AND_ZONES, Gateway, config, new_gateway
-from tests.lab import Lab, wait_until
+from tests.lab import Lab, run, wait_until
 from tests.traffic import SERVER
 
 pytestmark = pytest.mark.net
@@ -97,6 +99,58 @@ def test_no_connection_is_lost_by_kills_under_traffic_nor_by_other_workers_or_po
     record_property("restarts", figures)
     connections.close()
     gateway.close()
+
+
+def going_on(gateway: Gateway, after: int) -> int:
+    """The process that goes on for that one; it has said that it is ready."""
+
+    def heir() -> int:
+        found = re.search(
+            rf"process {after} has died; process (\d+) goes on\n.*?ready after", said(), re.DOTALL
+        )
+        return int(found[1]) if found else 0
+
+    def said() -> str:
+        return gateway.daemon.text()
+
+    wait_until(
+        "a prepared process", lambda: f"prepared to go on for process {after}\n" in said(), deadline_s=60
+    )
+    os.kill(after, signal.SIGKILL)
+    return wait_until("the prepared process to go on", heir, deadline_s=60)
+
+
+def test_a_prepared_process_goes_on_with_every_connection_and_prepares_the_next_one(
+    lab: Lab, program: Callable[[str], Path], table: Path
+) -> None:
+    text = config(sessions=SESSIONS).replace("engine: {", "engine: {spare: on, ")
+    gateway = new_gateway(lab, program("dsnatd"), text, start=False)
+    start(gateway, table)
+    gateway.address()
+    connections = Connections(gateway, 100, 5)
+    connections.open()
+    first = gateway.pid()
+    moment_s = time.monotonic()
+    second = going_on(gateway, first)
+    third = going_on(gateway, second)
+    assert gateway.daemon.wait(timeout_s=10) == -signal.SIGKILL
+    assert gateway.daemon.text().count("going on with the sessions") == 2
+    connections.dark_s(moment_s)
+    connections.all_live()
+    connections.close()
+    assert gateway.show("counters")["equation"]
+    # the lock of the sessions was nobody's at no moment
+    with pytest.raises(AssertionError, match="is in use by another dsnatd"):
+        Gateway(
+            gateway.space, gateway.client, gateway.server, gateway.program, gateway.file,
+            gateway.socket.with_suffix(".other"), log="other",
+        ).start("--sessions", str(table))  # fmt: skip
+    # who is stopped leaves nothing to inherit
+    prepared = f"prepared to go on for process {third}\n"
+    wait_until("the third one", lambda: prepared in gateway.daemon.text(), deadline_s=60)
+    os.kill(third, signal.SIGTERM)
+    wait_until("all to end", lambda: not run(["ip", "netns", "pids", gateway.space.name]))
+    assert f"process {third} has died" not in gateway.daemon.text()
 
 
 def test_another_max_sessions_keeps_every_connection(

@@ -11,6 +11,7 @@
 
 #include <ctype.h>
 #include <dirent.h>
+#include <rte_dev.h>
 #include <rte_eal.h>
 #include <rte_errno.h>
 #include <rte_lcore.h>
@@ -229,6 +230,63 @@ static bool is_named_before(const struct nat_config *config, uint32_t interface)
 	return false;
 }
 
+/* Returns how many PCI devices there are. */
+static uint32_t devices(struct arguments *a, const struct nat_config *config, uint32_t n_workers)
+{
+	uint32_t n_pci = 0;
+
+	for (uint32_t i = 0; i < config->n_interfaces; i++) {
+		const struct nat_interface_config *c = &config->interfaces[i];
+
+		if (c->path != NAT_PATH_DPDK || is_named_before(config, i))
+			continue;
+		n_pci += c->n_members ? add_bond(a, c, n_workers) : add_device(a, c->device, c, n_workers);
+	}
+	return n_pci;
+}
+
+/* The text behind `option`, or NULL. */
+static const char *value_of(const char *text, const char *option)
+{
+	return strncmp(text, option, strlen(option)) ? NULL : text + strlen(option);
+}
+
+/* What devices() says, without the devices themselves: the PCI bus is there, with one allowed that cannot be. */
+static void without_devices(struct arguments *a, uint32_t first, uint32_t n_pci)
+{
+	uint32_t n = first;
+
+	for (uint32_t i = first; i < (uint32_t)a->n; i++)
+		if (!value_of(a->kept[i], "--vdev=") && !value_of(a->kept[i], "--allow="))
+			memmove(a->kept[n++], a->kept[i], sizeof a->kept[0]);
+	a->n = (int)n;
+	for (uint32_t i = 0; i < n; i++)
+		a->text[i] = a->kept[i];
+	if (n_pci)
+		argument(a, "--allow=ffff:ff:1f.7");
+}
+
+int eal_add_devices(const struct nat_config *config, uint32_t n_workers, char *why, size_t why_bytes)
+{
+	struct arguments *a = calloc(1, sizeof *a);
+	int status = 0;
+
+	if (!a)
+		abort();
+	(void)devices(a, config, n_workers);
+	for (int i = 0; i < a->n && !status; i++) {
+		const char *device = value_of(a->text[i], "--vdev=");
+
+		if (device || (device = value_of(a->text[i], "--allow=")))
+			status = rte_dev_probe(device);
+		if (status)
+			snprintf(why, why_bytes, "DPDK does not take device %.300s: %s", device,
+				 rte_strerror(-status));
+	}
+	free(a);
+	return status ? -1 : 0;
+}
+
 int eal_start(const struct nat_config *config, const struct eal_options *options, char *why, size_t why_bytes)
 {
 	struct arguments *a = calloc(1, sizeof *a);
@@ -243,14 +301,11 @@ int eal_start(const struct nat_config *config, const struct eal_options *options
 	argument(a, "--file-prefix=dsnat%d", getpid());
 	argument(a, "--log-level=warning");
 	lcores(a, options->n_workers);
-	for (uint32_t i = 0; i < config->n_interfaces; i++) {
-		const struct nat_interface_config *c = &config->interfaces[i];
+	const uint32_t first = (uint32_t)a->n;
 
-		if (c->path != NAT_PATH_DPDK || is_named_before(config, i))
-			continue;
-		n_pci += c->n_members ? add_bond(a, c, options->n_workers)
-				      : add_device(a, c->device, c, options->n_workers);
-	}
+	n_pci = devices(a, config, options->n_workers);
+	if (options->without_devices)
+		without_devices(a, first, n_pci);
 	if (!n_pci)
 		argument(a, "--no-pci");
 	if (options->no_huge) {

@@ -309,22 +309,30 @@ static bool port_join(struct ports *ports, struct port *p, const struct nat_inte
 	return false;
 }
 
-int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_workers, char *why,
-	       size_t why_bytes)
+int ports_prepare(struct ports *ports, const struct nat_config *config, uint32_t n_workers, char *why,
+		  size_t why_bytes)
 {
 	uint16_t mtu;
 	uint32_t n = dpdk_interfaces(config, &mtu);
-	char detail[384];
 
 	memset(ports, 0, sizeof *ports);
 	memset(ports->of_iface, PORT_NONE, sizeof ports->of_iface);
 	ports->pool = rte_pktmbuf_pool_create("packets", buffers(n, n_workers), CACHE, sizeof(struct note),
 					      room_bytes(mtu), SOCKET_ID_ANY);
-	if (!ports->pool) {
-		snprintf(why, why_bytes, "no memory for %u packet buffers (%u MB): %s; raise vm.nr_hugepages",
-			 buffers(n, n_workers), ports_memory_mb(config, n_workers), rte_strerror(rte_errno));
+	if (ports->pool)
+		return 0;
+	snprintf(why, why_bytes, "no memory for %u packet buffers (%u MB): %s; raise vm.nr_hugepages",
+		 buffers(n, n_workers), ports_memory_mb(config, n_workers), rte_strerror(rte_errno));
+	return -1;
+}
+
+int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_workers, char *why,
+	       size_t why_bytes)
+{
+	char detail[384];
+
+	if (!ports->pool && ports_prepare(ports, config, n_workers, why, why_bytes))
 		return -1;
-	}
 	for (uint32_t i = 0; i < config->n_interfaces; i++) {
 		struct port *p = &ports->port[ports->n];
 

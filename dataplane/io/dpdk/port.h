@@ -72,6 +72,9 @@ static inline struct note *note_of(struct rte_mbuf *m)
 /* Megabytes of plain memory that ports_open() needs for this configuration. */
 uint32_t ports_memory_mb(const struct nat_config *config, uint32_t n_workers);
 
+/* Makes the packet buffers; ports_open() does it by itself otherwise. 0, or -1 and a sentence in `why`. */
+int ports_prepare(struct ports *ports, const struct nat_config *config, uint32_t n_workers, char *why,
+		  size_t why_bytes);
 /* Opens, configures and starts every port of the configuration. 0, or -1 and a sentence in `why`. */
 int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_workers, char *why,
 	       size_t why_bytes);

@@ -134,13 +134,13 @@ static void keep(const char *name)
 	close(fd);
 }
 
-static int twin_attach(struct twins *t, struct twin *twin, char *why, size_t why_bytes)
+static int twin_attach(struct twins *t, struct twin *twin, bool kept, char *why, size_t why_bytes)
 {
 	const char *name = twin->port->name;
 	struct epoll_event event = {.events = EPOLLIN, .data.ptr = twin};
 	int fd, status;
 
-	if (!is_kept(name))
+	if (!kept && !is_kept(name))
 		keep(name);
 	fd = tap_open(name);
 	if (fd == -EINVAL || fd == -EBUSY)
@@ -183,7 +183,7 @@ void twins_mend(struct twins *t, void (*say)(const char *sentence))
 
 		if (twin->fd >= 0)
 			continue;
-		if (twin_attach(t, twin, why, sizeof why)) {
+		if (twin_attach(t, twin, false, why, sizeof why)) {
 			say(why);
 			continue;
 		}
@@ -381,7 +381,8 @@ static int rings_open(struct twins *t, char *why, size_t why_bytes)
 	return -1;
 }
 
-int twins_open(struct twins *t, struct ports *ports, uint32_t n_workers, char *why, size_t why_bytes)
+int twins_open(struct twins *t, struct ports *ports, uint32_t n_workers, bool kept, char *why,
+	       size_t why_bytes)
 {
 	struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
 
@@ -400,7 +401,7 @@ int twins_open(struct twins *t, struct ports *ports, uint32_t n_workers, char *w
 		t->twin[i].port = &ports->port[i];
 		t->twin[i].fd = -1;
 		ports->port[i].twin = &t->twin[i];
-		if (twin_attach(t, &t->twin[i], why, why_bytes))
+		if (twin_attach(t, &t->twin[i], kept, why, why_bytes))
 			return -1;
 	}
 	return 0;

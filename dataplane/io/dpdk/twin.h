@@ -42,8 +42,9 @@ struct twins {
 	pthread_t thread;
 };
 
-/* Attaches to the twin of every port, or makes it. 0, or -1 and a sentence in `why`. */
-int twins_open(struct twins *t, struct ports *ports, uint32_t n_workers, char *why, size_t why_bytes);
+/* Attaches to the twin of every port, or makes it. `kept`: systemd has a queue of each from an earlier process. 0, or -1 and a sentence in `why`. */
+int twins_open(struct twins *t, struct ports *ports, uint32_t n_workers, bool kept, char *why,
+	       size_t why_bytes);
 int twins_start(struct twins *t);
 void twins_stop(struct twins *t); /* ends the thread; the interfaces stay */
 

@@ -34,6 +34,7 @@ struct worker {
 	uint32_t n_workers;
 	struct queue *queue;    /* NULL: no interface on the queue path */
 	struct rte_ring *inbox; /* from other workers */
+	struct will *will;      /* says when this thread dies (daemon/spare.c) */
 	bool passed_something;
 	uint32_t n_waits, neighbour_generation;
 	uint64_t run_ns, waits_ns, queue_ns; /* when the engine last ran, and what was last looked at */

@@ -212,7 +212,7 @@ static int run_lines(const struct arguments *a, struct bench *bench)
 	int status;
 
 	if (a->socket) {
-		server = socket_open(a->socket, bench_ops(bench), why, sizeof(why));
+		server = socket_open(a->socket, -1, bench_ops(bench), why, sizeof(why));
 		if (!server) {
 			fprintf(stderr, "dsnat-replay: %s\n", why);
 			return 1;
