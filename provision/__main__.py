@@ -86,7 +86,8 @@ def main() -> NoReturn:
         if debug:
             raise
         if isinstance(error, OSError):  # a full disk, a folder that is not ours: the machine's, not ours
-            print(f"dsnat-fleet: {error}", file=sys.stderr)
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"dsnat-fleet: {where}{error.strerror or error}", file=sys.stderr)
             sys.exit(FAILED)
         print(
             f"dsnat-fleet: internal error: {error!r}; run it with --debug for the whole story",

@@ -46,7 +46,7 @@ def drain(
     if clustered:
         return _withdraw(fleet, name, ask)
     if peer is None or not addresses:
-        raise NoHandOver("has no peer to hand over to; only a gateway of a pair can be drained")
+        raise NoHandOver("has no peer to hand over to; only one of a pair or a cluster can be drained")
     other = Running(peer, ask(peer, {"do": "facts", "shows": []}))
     if other.facts.get("drained"):
         raise NoHandOver(f"its peer {peer} is drained itself; end that first with drain {peer} --undo")

@@ -180,7 +180,9 @@ def _read(
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        fail(f"is not UTF-8 text (byte {error.start})", raw[: error.start].count(b"\n") + 1, 1)
+        fail(
+            f"is not UTF-8 text (byte {error.start}); save it as such", raw[: error.start].count(b"\n") + 1, 1
+        )
         return None
     texts[name] = text.splitlines()
     try:
@@ -188,6 +190,10 @@ def _read(
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = (error.problem or error.context or "this is not YAML").strip()
+        if what.startswith("but ") and error.context:  # the second half of a sentence
+            what = f"{error.context}, {what}"
+        if "'\\t'" in what:
+            what += "; indent with spaces"
         fail(f"not valid YAML: {what}", mark.line + 1 if mark else 0, mark.column + 1 if mark else 0)
         return None
     except (YAMLError, RecursionError) as error:

@@ -26,8 +26,10 @@ def resolve(reference: str, directory: Path) -> str:
     elif kind == "file":
         try:
             value = (directory / Path(rest).expanduser()).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise SecretError(f"{reference}: cannot be read: {error}") from None
+        except OSError as error:
+            raise SecretError(f"{reference}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise SecretError(f"{reference}: is not text") from None
     else:
         value = _age(directory / Path(rest).expanduser(), reference)
     first = value.splitlines()[0] if value else ""

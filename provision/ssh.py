@@ -293,10 +293,7 @@ def _log_in(transport: paramiko.Transport, recorder: _Recorder, target: Target, 
 def _authenticate(transport: paramiko.Transport, target: Target) -> None:
     keys: list[paramiko.PKey] = []
     if target.identity is not None:
-        try:
-            keys = [paramiko.PKey.from_path(target.identity)]
-        except (OSError, paramiko.SSHException, ValueError) as error:
-            raise AuthFailed(f"the identity {target.identity} cannot be used: {error}") from error
+        keys = [_private_key(target.identity)]
     else:
         with contextlib.suppress(paramiko.SSHException, OSError):
             keys = list(paramiko.Agent().get_keys())
@@ -314,6 +311,18 @@ def _authenticate(transport: paramiko.Transport, target: Target) -> None:
         if transport.is_authenticated():
             return
     raise AuthFailed(f"{target.name} does not let {target.user} in with {_listed(target, len(keys))}")
+
+
+def _private_key(path: Path) -> paramiko.PKey:
+    try:
+        return paramiko.PKey.from_path(path)
+    except OSError as error:
+        why = f"cannot be read ({error.strerror}); correct ssh: identity in the fleet file"
+    except (paramiko.PasswordRequiredException, TypeError):  # the latter from the library below
+        why = "has a passphrase; load it into the ssh agent, and leave ssh: identity out"
+    except (paramiko.SSHException, paramiko.pkey.UnknownKeyType, ValueError):
+        why = "is not a private key; correct ssh: identity in the fleet file"
+    raise AuthFailed(f"the identity {path} {why}")
 
 
 def _listed(target: Target, keys: int) -> str:

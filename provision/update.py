@@ -59,8 +59,10 @@ def find_image(directory: Path, version: str | None = None) -> Image:
         raise BadImage(f"{directory} is not a folder with an image; name the one that `make image` filled")
     found = sorted(m[1] for p in directory.iterdir() if (m := re.fullmatch(r"gateway_(.+)\.efi", p.name)))
     if version is None:
+        if not found:
+            raise BadImage(f"{directory} holds no image; name the folder that `make image` filled")
         if len(found) != 1:
-            raise BadImage(f"{directory} holds {', '.join(found) or 'no version'}; say which with --version")
+            raise BadImage(f"{directory} holds {', '.join(found)}; say which with --version")
         version = found[0]
     paths = [
         p

@@ -95,6 +95,14 @@ def read(options: Options) -> Fleet:
     return fleet
 
 
+def no_gateway(options: Options, fleet: Fleet, name: str) -> Exit:
+    import difflib
+
+    near = difflib.get_close_matches(name, fleet.gateways, n=1)
+    hint = f'did you mean "{near[0]}"?' if near else "`dsnat-fleet keys` lists them"
+    return Exit(INVALID, f"there is no gateway {name} in {options.file}; {hint}")
+
+
 def chosen(fleet: Fleet, options: Options) -> list[str]:
     """The gateways that --limit names: by their own name, their pair's or their site's."""
     from fnmatch import fnmatchcase

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from provision.verbs import INVALID, Exit, Options, emit, read, shared, wanted_files
+from provision.verbs import INVALID, Exit, Options, emit, no_gateway, read, shared, wanted_files
 
 if TYPE_CHECKING:
     from provision.dsnat import Known
@@ -58,7 +58,7 @@ def render(options: Options, gateway: str) -> None:
     """Print the files that GATEWAY should have. Needs no network."""
     fleet = read(options)
     if gateway not in fleet.gateways:
-        raise Exit(INVALID, f"there is no gateway {gateway} in {options.file}")
+        raise no_gateway(options, fleet, gateway)
     from provision.plan import shown
 
     rendered = wanted_files(fleet, [gateway], options)[gateway]
@@ -107,6 +107,9 @@ def slices(options: Options, lost: tuple[str, ...]) -> None:
             }
         )
         return
+    if not fleet.clusters:
+        print(f"{options.file} has no cluster; pools are cut only for those")
+        return
     rows = [
         (cluster, pool, member, str(arithmetic.size(r)), ", ".join(arithmetic.prefixes(r)))
         for (cluster, pool), owned in fleet.division.items()
@@ -145,7 +148,9 @@ def import_(
         try:
             texts.append((str(file), file.read_text(errors="replace")))
         except OSError as error:
-            raise Exit(INVALID, f"{file} cannot be read: {error.strerror}") from error
+            raise Exit(
+                INVALID, f"{file} cannot be read ({error.strerror}); name dsnat's own files"
+            ) from error
         if "\0" in texts[-1][1]:
             raise Exit(INVALID, f"{file} is not a text file; name keepalived.conf, rc.local or ipvsadm -S")
     try:

@@ -161,7 +161,7 @@ def drift(options: Options) -> None:
         show.plan(Plan(changed, tuple(n for n in running if n not in edited), found.hash))
         for name in sorted(edited.keys() - {change.gateway for change in changed}):
             print(f"{name}: edited on the gateway, and as fleet.yaml wants it: {', '.join(edited[name])}")
-    else:
+    elif running:
         print(f"no drift on {len(running)} gateways")
     report_missing(missing)
     if missing:

@@ -18,6 +18,7 @@ from provision.verbs import (
     each,
     emit,
     look_at,
+    no_gateway,
     order_of,
     read,
     report_missing,
@@ -133,7 +134,7 @@ def drain(options: Options, gateway: str, undo: bool) -> None:
 
     fleet = read(options)
     if gateway not in fleet.gateways:
-        raise Exit(INVALID, f"there is no gateway {gateway} in {options.file}")
+        raise no_gateway(options, fleet, gateway)
     if not undo and fleet.cluster_of(gateway) and fleet.peer_of(gateway) is None and not options.json:
         _, running, _ = look_at(fleet, with_companions(fleet, [gateway]), options)
         for line in bill(fleet, running, drained=[gateway]):

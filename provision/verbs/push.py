@@ -56,7 +56,11 @@ def plan(options: Options, out: Path | None) -> None:
     _, running, missing = look_at(fleet, with_companions(fleet, names), options)
     found = make_plan(wanted, running)
     if out is not None:
-        out.write_text(json.dumps({"hash": found.hash, "limit": list(options.limit)}) + "\n")
+        try:
+            out.write_text(json.dumps({"hash": found.hash, "limit": list(options.limit)}) + "\n")
+        except OSError as error:
+            text = f"{out} cannot be written ({error.strerror}); give another --out"
+            raise Exit(FAILED, text) from error
     if options.json:
         moves = [move.as_json() for move in cluster.moves(fleet, running)]
         unreached = {name: result.text for name, result in missing.items()}
@@ -208,8 +212,10 @@ def _moves_are_safe(fleet: Fleet, wanted: Mapping[str, Rendered], running: Mappi
 def _saved_plan(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Exit(INVALID, f"{path} is not a saved plan: {error}") from error
+    except OSError as error:
+        raise Exit(INVALID, f"{path} cannot be read ({error.strerror}); name a saved plan") from error
+    except ValueError as error:
+        raise Exit(INVALID, f"{path} is not a saved plan; make one with plan --out") from error
     limit = value.get("limit", []) if isinstance(value, dict) else None
     if not isinstance(limit, list) or not all(isinstance(name, str) for name in limit):
         raise Exit(INVALID, f"{path} is not a saved plan; make one with plan --out")

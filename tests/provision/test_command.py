@@ -109,7 +109,67 @@ def test_a_push_that_nobody_can_be_asked_about_needs_yes(file: Path) -> None:
 
 def test_the_files_of_a_gateway_are_printed_without_a_network(file: Path) -> None:
     assert "==> keepalived.conf\n" in run("--file", str(file), "render", "gw1")
-    run("--file", str(file), "render", "gw9", status=2)
+    for verb in ("render", "drain"):
+        text = run("--file", str(file), verb, "gw9", status=2)
+        assert "there is no gateway gw9" in text
+        assert 'did you mean "gw1"?' in text
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (
+            "push --plan none",
+            2,
+            "none cannot be read (No such file or directory); name a saved",
+        ),
+        (
+            "push --plan fleet.yaml",
+            2,
+            "fleet.yaml is not a saved plan; make one with plan --out",
+        ),
+        ("update .", 2, ". holds no image; name the folder that `make image` filled"),
+        (
+            "import none",
+            2,
+            "none cannot be read (No such file or directory); name dsnat's own files",
+        ),
+        ("slices", 0, "has no cluster; pools are cut only for those"),
+    ],
+)
+def test_what_a_verb_cannot_read_or_write_is_one_sentence(
+    file: Path, monkeypatch: pytest.MonkeyPatch, words: str, status: int, said: str
+) -> None:
+    monkeypatch.chdir(file.parent)
+    text = run(*words.split(), status=status)
+    assert said in text.splitlines()[-1]
+    assert "Errno" not in text
+
+
+def test_drift_says_nothing_of_gateways_that_were_not_reached(file: Path) -> None:
+    assert "no drift" not in run("--file", str(file), "drift", status=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            b"\tschema: 1\n",
+            "fleet.yaml:1:1: not valid YAML: found character '\\t' that cannot start any token; indent",
+        ),
+        (
+            b"schema: 1\n--- b\n",
+            "not valid YAML: expected a single document in the stream, but found",
+        ),
+        (b"schema: \xff\n", "fleet.yaml:1:1: is not UTF-8 text (byte 8); save it as such"),
+        (b"", "fleet.yaml: is empty; it starts with schema: 1"),
+    ],
+)
+def test_a_text_that_is_no_yaml_is_said_with_its_place_and_what_to_do(
+    file: Path, text: bytes, said: str
+) -> None:
+    file.write_bytes(text)
+    assert said in run("--file", str(file), "validate", status=2)
 
 
 def test_known_hosts_lines_are_those_of_openssh(file: Path) -> None:
@@ -189,7 +249,7 @@ def test_a_saved_plan_that_is_none_is_refused_before_anybody_is_asked(file: Path
 
 def test_a_file_that_cannot_be_written_is_one_sentence(file: Path) -> None:
     said = run("--file", str(file), "plan", "--out", str(file / "plan.json"), status=1)
-    assert said == f"dsnat-fleet: [Errno 20] Not a directory: '{file / 'plan.json'}'\n"
+    assert said == f"dsnat-fleet: {file}/plan.json cannot be written (Not a directory); give another --out\n"
 
 
 def test_unknown_verbs_and_options_end_with_two() -> None:

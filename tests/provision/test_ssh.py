@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -110,10 +111,26 @@ def test_a_login_that_is_refused_names_the_key(serve: Serve, connect: Connect, i
         connect(serve(user_key=new_key()))
 
 
-def test_a_missing_identity_is_said_before_anything_is_sent(serve: Serve, tmp_path: Path) -> None:
-    double = serve()
-    target = Target("gw1", "127.0.0.1", double.port, "root", double.public_key(), tmp_path / "none")
-    with pytest.raises(AuthFailed, match="none cannot be used"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("", "is not a private key"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n", "is not a private key"),
+        ("passphrase", "has a passphrase; load it into the ssh agent"),
+    ],
+)
+def test_an_identity_that_cannot_be_used_is_said_before_anything_is_sent(
+    serve: Serve, tmp_path: Path, text: str | None, said: str
+) -> None:
+    double, path = serve(), tmp_path / "operator"
+    if text == "passphrase":
+        argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(path)]
+        subprocess.run(argv, check=True)
+    elif text is not None:
+        path.write_text(text)
+    target = Target("gw1", "127.0.0.1", double.port, "root", double.public_key(), path)
+    with pytest.raises(AuthFailed, match=re.escape(f"the identity {path} {said}")):
         dial(target)
 
 

@@ -72,7 +72,7 @@ def test_a_folder_without_a_whole_image_is_said_so(folder: Path, tmp_path: Path)
         find_image(folder)
     with pytest.raises(BadImage, match="is not a folder"):
         find_image(tmp_path / "none")
-    with pytest.raises(BadImage, match="holds no version"):
+    with pytest.raises(BadImage, match="holds no image"):
         find_image(tmp_path)
 
 
