@@ -109,13 +109,15 @@ class Pair:
         assert done.returncode == status, f"{done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
 
-    def answer(self) -> bool:
-        argv = self.argv(self.fleet(), "status", "--json")
-        return subprocess.run(argv, cwd=ROOT, capture_output=True, check=False).returncode == 0
-
     def states(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = json.loads(self.run(self.fleet(), "status", "--json"))["gateways"]
+        """Of those that answer."""
+        argv = self.argv(self.fleet(), "status", "--json")
+        done = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=False)
+        found: dict[str, dict[str, Any]] = json.loads(done.stdout)["gateways"]
         return found
+
+    def answer(self) -> bool:
+        return len(self.states()) == 2
 
     def roles(self) -> dict[str, str]:
         return {name: state["role"] for name, state in self.states().items()}
