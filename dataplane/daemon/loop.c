@@ -15,13 +15,35 @@
 #define LINK_PATIENCE_NS 3000000000u /* at start a port that has no link yet is not reported down */
 #define STALL_S          10u         /* a worker without a round for so long hangs */
 
+/* The switches must hear from us on the other wire before they send there. */
+static void bond_moved(struct daemon *d, const struct port *bond, const char *member)
+{
+	uint8_t frame[ARP_FRAME_BYTES];
+
+	fprintf(stderr, "dsnatd: port %s sends by %s now: the member before it has no link\n", bond->name,
+		member);
+	for (uint32_t i = 0; i < d->ports.n; i++) { /* itself, or all VLANs of it */
+		const struct port *port = &d->ports.port[i];
+
+		if (port->first != bond->first)
+			continue;
+		arp_presence(frame, port->mac.addr_bytes);
+		(void)twins_send(&d->twins, port, frame, sizeof frame);
+	}
+}
+
 static void links(struct daemon *d)
 {
 	bool patient = thread_clock_ns() - d->started_ns < LINK_PATIENCE_NS, announce = false;
 
 	for (uint32_t i = 0; i < d->ports.n; i++) {
 		struct port *port = &d->ports.port[i];
+		const char *member = port_follow_bond(port);
 
+		if (member) {
+			bond_moved(d, port, member);
+			announce |= port->outside;
+		}
 		if (port_is_replaced(port) && !d->stop) {
 			fprintf(stderr,
 				"dsnatd: the device of port %s is back; ending, to start again with it\n",

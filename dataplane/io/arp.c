@@ -87,3 +87,12 @@ void arp_announcement(uint8_t frame[ARP_FRAME_BYTES], const uint8_t mac[6], uint
 	memcpy(frame + SENDER, &address_be, 4);
 	memcpy(frame + TARGET, &address_be, 4);
 }
+
+void arp_presence(uint8_t frame[ARP_FRAME_BYTES], const uint8_t mac[6])
+{
+	arp_announcement(frame, mac, 0);
+	frame[TYPE] = 0x80;
+	frame[TYPE + 1] = 0x35;
+	frame[OPERATION + 1] = 3;
+	memcpy(frame + TARGET_MAC, mac, 6);
+}

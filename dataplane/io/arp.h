@@ -25,4 +25,8 @@ void arp_answer(uint8_t *frame, const uint8_t mac[6]);
 /* A gratuitous request: updates the entries of those who have one (RFC 5227 section 3). */
 void arp_announcement(uint8_t frame[ARP_FRAME_BYTES], const uint8_t mac[6], uint32_t address_be);
 
+/* A reverse request, as hypervisors send it after a move: hosts leave it alone, switches learn where the MAC address
+ * is. */
+void arp_presence(uint8_t frame[ARP_FRAME_BYTES], const uint8_t mac[6]);
+
 #endif

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from tests.gateway import INSIDE_ADDRESS, OUTSIDE_ADDRESS, Gateway, config, mac_of, new_gateway, ping
-from tests.lab import Lab, wait_until
+from tests.lab import Lab, Netns, wait_until
 from tests.traffic import CLIENT, SERVER
 from tests.trunk import Trunk
 
@@ -133,6 +136,8 @@ interfaces:
      members: ["net_tap0,iface=left", "net_tap1,iface=right"]}
 """
 
+BONDED_WIRES = BONDED.replace("net_tap0", "net_af_packet1").replace("net_tap1", "net_af_packet2")
+
 
 def test_two_devices_are_one_port_by_bonding(lab: Lab, program: Callable[[str], Path]) -> None:
     gateway = new_gateway(lab, program("dsnatd"), config(interfaces=BONDED), start=False)
@@ -144,7 +149,66 @@ def test_two_devices_are_one_port_by_bonding(lab: Lab, program: Callable[[str], 
         gateway.space.ip(f"link set {tap} address 02:00:00:00:00:0{number}")
     wait_until("service", lambda: " 3 received" in ping(gateway.client, SERVER))
     assert mac_of(gateway.space, "outside0") not in (mac_of(gateway.space, tap) for tap in ("left", "right"))
+    lose_each_member_in_turn(gateway, gateway.space, "left", "right")
+
+
+def lose_each_member_in_turn(gateway: Gateway, space: Netns, *wires: str) -> None:
+    """The ends of the bond's wires that somebody may pull. Pings go on all the while, fifty a second."""
+    argv = ("ping", "-n", "-i", "0.02", "-D", "-O", SERVER)
+    program = gateway.client.start(*argv, log="pings.log")
+
+    def answers_s() -> list[float]:
+        return [float(at) for at in re.findall(r"^\[(\d+\.\d+)\] 64 bytes", program.text(), re.MULTILINE)]
+
+    def longest_gap_s() -> float:
+        """From some answers before now to some after."""
+        count = len(answers_s())
+        wait_until("answers", lambda: len(answers_s()) > count + 20)
+        return max(b - a for a, b in pairwise(answers_s()[max(0, count - 20) :]))
+
+    wait_until("the first answers", lambda: len(answers_s()) > 20)
+    gaps = []
+
+    def moves() -> int:
+        return gateway.daemon.text().count(" sends by ")
+
+    for wire in (*wires, wires[0]):
+        before = moves()
+        space.ip(f"link set {wire} down")
+        wait_until("the word of it", partial(lambda before: moves() > before, before))
+        gaps.append(longest_gap_s())
+        space.ip(f"link set {wire} up")
+        gaps.append(longest_gap_s())
+    print("longest gaps, member lost and back in turn:", " ".join(f"{gap:.2f} s" for gap in gaps))
+    assert max(gaps) < 1, gaps
+    for wire in wires:
+        space.ip(f"link set {wire} down")
+    wait_until("the port to be down", lambda: "port outside0 is down" in gateway.daemon.text())
+    wait_until("the twin to say so", lambda: "NO-CARRIER" in gateway.space.ip("link show outside0"))
+    for wire in wires:
+        space.ip(f"link set {wire} up")
+    wait_until("service", lambda: " 3 received" in ping(gateway.client, SERVER))
+    program.stop()
     gateway.close()
+
+
+def test_a_bond_of_wires_goes_on_by_the_other_one_within_a_second(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    gateway = new_gateway(lab, program("dsnatd"), config(interfaces=BONDED_WIRES), start=False)
+    switch = lab.netns("switch")
+    for end in ("left", "right"):
+        lab.wire(gateway.space, end, switch, f"to{end}")
+    # the server moves behind a switch that has both wires of the bond
+    gateway.server.ip("link delete eth0")
+    lab.wire(gateway.server, "eth0", switch, "toserver")
+    lab.bridge(switch, "bridge", "toleft", "toright", "toserver")
+    gateway.server.ip(f"address add {SERVER}/24 dev eth0")
+    gateway.server.ip(f"route add 203.0.113.0/24 via {OUTSIDE_ADDRESS}")
+    gateway.start()
+    gateway.address()
+    wait_until("service", lambda: " 3 received" in ping(gateway.client, SERVER))
+    lose_each_member_in_turn(gateway, switch, "toleft", "toright")
 
 
 def test_without_dpdk_the_same_sessions_go_on_by_the_kernels_path_where_that_is_allowed(

@@ -270,6 +270,7 @@ static int port_open(struct port *p, const struct nat_interface_config *c, uint3
 	(void)rte_eth_dev_callback_register(p->id, RTE_ETH_EVENT_INTR_RMV, on_removal, p);
 	if (p->vlan)
 		(void)rte_eth_dev_vlan_filter(p->id, p->vlan, 1);
+	bond_open(&p->bond, p->id, c);
 	(void)port_poll_link(p);
 	p->told_up = true; /* which is how a new twin begins */
 	return 0;
@@ -373,6 +374,13 @@ bool port_is_replaced(const struct port *p)
 	return p->gone && p->copies[0] && if_nametoindex(p->copies);
 }
 
+const char *port_follow_bond(struct port *p)
+{
+	const char *active = NULL;
+
+	return bond_follow(&p->bond, p->id, &active) ? active : NULL;
+}
+
 bool port_poll_link(struct port *p)
 {
 	struct rte_eth_link link = {0};
@@ -383,6 +391,8 @@ bool port_poll_link(struct port *p)
 			p->gone = true;
 		up = guard_has_carrier(p->copies);
 	}
+	if (p->bond.n)
+		up = up && bond_has_link(&p->bond);
 	up = up && !p->gone;
 	p->speed_mbps = up && link.link_speed != RTE_ETH_SPEED_NUM_UNKNOWN ? link.link_speed : 0;
 	return atomic_exchange(&p->up, up) != up;

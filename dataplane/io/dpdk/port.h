@@ -9,6 +9,7 @@
 
 #include "../../core/nat.h"
 #include "../../ctl/request.h"
+#include "bond.h"
 
 #define PORT_NONE 0xffu
 
@@ -36,6 +37,7 @@ struct port {
 	char device[128];
 	char copies[32]; /* the kernel interface that a net_af_packet or net_pcap device listens to, or "" */
 	unsigned copies_index;
+	struct bond bond;
 	bool told_up;      /* the carrier that the twin shows */
 	_Atomic bool gone; /* the device has been taken away; it does not come back in this process */
 	uint16_t mtu_bytes;
@@ -87,6 +89,9 @@ bool ports_rss(const struct ports *ports, uint32_t n_workers, bool outside, stru
 
 /* Control thread: reads the link; true when it changed. A port whose device is gone is down. */
 bool port_poll_link(struct port *port);
+
+/* Control thread: another member of the bond sends from now on; its name, mostly NULL. */
+const char *port_follow_bond(struct port *port);
 
 /* Control thread: the device went, and there is one of its name again. Only a new start can take it. */
 bool port_is_replaced(const struct port *port);
