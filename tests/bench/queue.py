@@ -11,12 +11,18 @@ The contenders take turns, window by window, so that a disturbance meets all ali
     one         accepts all, one system call for each packet and each verdict
     nft         nftables SNAT with conntrack, no queue
 
-Two figures, each in windows of its own:
+Three figures, each in windows of its own:
 
     full queue  8,000 packets wait in the queue while the contender stands still (SIGSTOP); it goes on, and
                 the processor time that it needs for them is taken, from receiving to the kernel's having sent
                 the packet (the verdict's system call does that). No sender takes part, and a busy machine
                 changes little: the goal is judged by this one
+    steady      packets come at a rate that all keep up with, and all processor time that the gateway needs
+                for one is taken: the contender's, and the kernel's. For that the inside interface's receive
+                work is in a thread of its own (threaded NAPI), whose clock nobody else moves. It and the
+                contender have a core to themselves, by real-time priority, it first; the sender has another
+                one and sends 192 packets at a time. So all find the same bursts, whatever else the machine
+                does. By this one NAT in a program is compared with NAT in the kernel
     flood       a sender sends as fast as it can; the packets that arrive in a second. Sender, kernel and
                 contender share the machine's cores, so on two of them this is as much about the sender
 
@@ -35,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from tests.bench.run import store
@@ -50,6 +56,7 @@ FLOWS = "64"
 GOAL = 0.85  # of the accept-everything rate
 FULL = 8000  # packets: a little less than the shortest queue
 DRAINS = 4  # in each window
+STEADY, STEADY_PER_S = 20_000, 100_000
 
 SNAT = """\
 table ip bench {
@@ -118,6 +125,55 @@ def drained(gateway: Gateway, contender: Program) -> float:
 
 
 @contextmanager
+def kernel_thread(gateway: Gateway) -> Iterator[int]:
+    """Gives the inside interface's receive work a thread of its own: its number."""
+    gateway.space.run("ethtool", "-K", "inside0", "gro", "on")  # a veth has NAPI only for this
+    gateway.space.run("sh", "-c", "echo 1 > /sys/class/net/inside0/threaded")
+    found = []
+    for task in Path("/proc").glob("[0-9]*/comm"):
+        with suppress(OSError):
+            if task.read_text().startswith("napi/inside0-"):
+                found.append(int(task.parent.name))
+    newest = max(found)  # there may be other labs
+    alone(newest, 1, 2)
+    yield newest
+    gateway.space.run("ethtool", "-K", "inside0", "gro", "off")
+
+
+def alone(thread: int, core: int, priority: int) -> None:
+    os.sched_setaffinity(thread, {core % (os.cpu_count() or 1)})
+    os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(priority))
+
+
+def threads(program: Program) -> list[int]:
+    return [int(thread.name) for thread in Path(f"/proc/{program.process.pid}/task").iterdir()]
+
+
+def lost_in_queue(gateway: Gateway) -> int:
+    listing = gateway.space.run("cat", "/proc/net/netfilter/nfnetlink_queue").split()
+    return int(listing[5]) + int(listing[6]) if listing else 0
+
+
+def steady(gateway: Gateway, contender: Program | None, kernel: int) -> float | None:
+    """Nanoseconds that the gateway needs for a packet, all in all; None if the contender did not keep up.
+    What the kernel's thread was too late for was never received, so it has cost nothing.
+    """
+
+    def spent() -> int:
+        clock = int(Path(f"/proc/{kernel}/schedstat").read_text().split()[0])
+        return clock + (spent_ns(contender) if contender else 0)
+
+    start, before_ns, lost = arrived(gateway), spent(), lost_in_queue(gateway)
+    sender = flood(gateway, 30, str(STEADY), str(STEADY_PER_S))
+    for thread in threads(sender):
+        alone(thread, 0, 1)
+    sender.wait(timeout_s=40)
+    wait_until("an empty queue", lambda: waiting(gateway) <= 0)
+    count, used_ns = arrived(gateway) - start, spent() - before_ns
+    return used_ns / count if lost_in_queue(gateway) == lost and count > STEADY / 2 else None
+
+
+@contextmanager
 def dsnatd(gateway: Gateway) -> Iterator[Program | None]:
     gateway.start()
     yield gateway.daemon
@@ -155,10 +211,14 @@ CONTENDERS: dict[str, Callable[[Gateway], AbstractContextManager[Program | None]
 }
 
 
-def measure(windows: int, seconds: float) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """By contender: packets a second, and nanoseconds a packet."""
-    rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    costs: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+Figures = dict[str, list[float]]  # by contender
+
+
+def measure(windows: int, seconds: float) -> tuple[Figures, Figures, Figures]:
+    """Packets a second in a flood; nanoseconds a packet of a full queue, and of all the gateway's."""
+    rates: Figures = {name: [] for name in CONTENDERS}
+    costs: Figures = {name: [] for name in CONTENDERS}
+    steadies: Figures = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as directory, new_lab(Path(directory)) as lab:
         text = config(interfaces=interfaces("nfqueue"))
         gateway = new_gateway(lab, BUILD / "dsnatd", text, path="nfqueue")
@@ -170,10 +230,33 @@ def measure(windows: int, seconds: float) -> tuple[dict[str, list[float]], dict[
         for _ in range(windows):
             for name, begin in CONTENDERS.items():
                 with begin(gateway) as contender:
-                    rates[name].append(rate(gateway, seconds))
+                    if seconds:
+                        rates[name].append(rate(gateway, seconds))
                     if contender:
                         costs[name] += [drained(gateway, contender) for _ in range(DRAINS)]
-    return rates, costs
+                    for thread in threads(contender) if contender else ():
+                        alone(thread, 1, 1)
+                    with kernel_thread(gateway) as kernel:
+                        some = [steady(gateway, contender, kernel) for _ in range(DRAINS)]
+                    if kept := [one for one in some if one is not None]:
+                        steadies[name].append(statistics.median(kept))
+    return rates, costs, steadies
+
+
+def compare(steadies: Figures) -> list[str]:
+    """What dsnatd does of each contender's packets in the same processor time, window by window."""
+    lines = []
+    for name, all_ in steadies.items():
+        line = f"  steady      {name:8} {min(all_):6.0f} / {statistics.median(all_):6.0f} ns a packet"
+        if name == "dsnatd":
+            line += " (minimum / median)"
+        else:
+            ratios = sorted(other / ours for other, ours in zip(all_, steadies["dsnatd"], strict=False))
+            low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+            line += f"; dsnatd {middle:.2f} of its packets in the same time"
+            line += f" (half of the windows {low:.2f} to {high:.2f})"
+        lines.append(line)
+    return lines
 
 
 def main() -> int:
@@ -181,16 +264,17 @@ def main() -> int:
         prog="python -m tests.bench.queue", description="The queue path, in ratios."
     )
     parser.add_argument("--windows", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--seconds", type=float, default=2, help="of flood in a window; 0: none")
     options = parser.parse_args()
     if os.geteuid():
         print("the queue path is not measured: namespaces need root", file=sys.stderr)
         return 0
-    rates, costs = measure(options.windows, options.seconds)
+    rates, costs, steadies = measure(options.windows, options.seconds)
     print(f"\nnetfilter-queue path: 64-byte packets, one queue (load {os.getloadavg()[0]:.1f})")
-    median = {name: statistics.median(all_) for name, all_ in rates.items()}
+    print("\n".join(compare(steadies)))
+    median = {name: statistics.median(all_) for name, all_ in rates.items() if all_}
     rows = []
-    for name, all_ in rates.items():
+    for name, all_ in rates.items() if options.seconds else ():
         against = "  ".join(
             f"{median[name] / median[other]:5.2f} x {other:6}" for other in rates if other != name
         )
@@ -198,6 +282,7 @@ def main() -> int:
         rows.append(
             {"what": f"queue.{name}", "packets_per_s": round(median[name]), "windows": len(all_)}
             | ({"ns_per_packet": round(statistics.median(costs[name]))} if costs[name] else {})
+            | {"gateway_ns_per_packet": round(statistics.median(steadies[name]))}
         )
     for name, all_ in costs.items():
         if all_:

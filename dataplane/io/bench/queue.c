@@ -1,7 +1,7 @@
 /* dsnat-queue-bench: the two ends of the queue path's benchmark (tests/bench/queue.py drives it).
  *
- *	flood ADDRESS FLOWS SECONDS [COUNT]  sends UDP datagrams of 22 bytes to ADDRESS:9 from so many ports, as fast as
- *	                              one core can; so many of them
+ *	flood ADDRESS FLOWS SECONDS [COUNT [RATE]]  sends UDP datagrams of 22 bytes to ADDRESS:9 from so many ports; so
+ *	                              many of them; as fast as one core can, or so many a second, 192 at a time
  *	accept QUEUE one|batch|back   accepts everything that the kernel queues, unread and unchanged, until SIGTERM.
  *	                              With `one`, a system call for each packet and each verdict; with `batch`, 32
  *	                              packets a recvmmsg() and one verdict for all of them, which nobody who changes
@@ -28,6 +28,7 @@
 #define BURST        32u
 #define PACKET_BYTES 4096u
 #define FLOWS_MAX    1024u
+#define AT_ONCE      (6 * BURST) /* with a rate: fewer than a veth has places for */
 
 static int refused(const char *what)
 {
@@ -45,14 +46,23 @@ static double now_s(void)
 	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static int flood(const char *address, uint32_t flows, double seconds, uint32_t count)
+static void sleep_s(double seconds)
+{
+	struct timespec t = {.tv_sec = (time_t)seconds,
+			     .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)};
+
+	if (seconds > 0)
+		nanosleep(&t, NULL);
+}
+
+static int flood(const char *address, uint32_t flows, double seconds, uint32_t count, double rate)
 {
 	static int fd[FLOWS_MAX];
 	static char payload[22];
 	struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(9)};
 	struct iovec vector = {.iov_base = payload, .iov_len = sizeof payload};
 	struct mmsghdr message[BURST];
-	double until_s = now_s() + seconds;
+	double start_s = now_s();
 
 	if (inet_pton(AF_INET, address, &to.sin_addr) != 1 || !flows || flows > FLOWS_MAX)
 		return 2;
@@ -63,8 +73,12 @@ static int flood(const char *address, uint32_t flows, double seconds, uint32_t c
 	memset(message, 0, sizeof message);
 	for (uint32_t i = 0; i < BURST; i++)
 		message[i].msg_hdr = (struct msghdr){.msg_iov = &vector, .msg_iovlen = 1};
-	for (uint32_t i = 0, sent = 0; sent < count && now_s() < until_s; i = (i + 1) % flows, sent += BURST)
+	for (uint32_t i = 0, sent = 0; sent < count && now_s() < start_s + seconds;
+	     i = (i + 1) % flows, sent += BURST) {
+		if (rate > 0 && sent % AT_ONCE == 0)
+			sleep_s(start_s + sent / rate - now_s());
 		(void)sendmmsg(fd[i], message, BURST, 0); /* what is refused is not sent: no harm */
+	}
 	return 0;
 }
 
@@ -209,12 +223,13 @@ static int accept_all(uint16_t queue, const char *how)
 
 int main(int argc, char **argv)
 {
-	if ((argc == 5 || argc == 6) && !strcmp(argv[1], "flood"))
+	if (argc >= 5 && argc <= 7 && !strcmp(argv[1], "flood"))
 		return flood(argv[2], (uint32_t)atoi(argv[3]), atof(argv[4]),
-			     argc == 6 ? (uint32_t)atoi(argv[5]) : UINT32_MAX);
+			     argc > 5 ? (uint32_t)atoi(argv[5]) : UINT32_MAX, argc > 6 ? atof(argv[6]) : 0);
 	if (argc == 4 && !strcmp(argv[1], "accept"))
 		return accept_all((uint16_t)atoi(argv[2]), argv[3]);
-	fputs("usage: dsnat-queue-bench flood ADDRESS FLOWS SECONDS [COUNT] | accept QUEUE one|batch|back\n",
+	fputs("usage: dsnat-queue-bench flood ADDRESS FLOWS SECONDS [COUNT [RATE]] | accept QUEUE "
+	      "one|batch|back\n",
 	      stderr);
 	return 2;
 }
