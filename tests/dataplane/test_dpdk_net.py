@@ -16,6 +16,7 @@ import pytest
 
 from tests.gateway import INSIDE_ADDRESS, OUTSIDE_ADDRESS, Gateway, config, mac_of, new_gateway, ping
 from tests.lab import Lab, Netns, wait_until
+from tests.packet import ipv4, tcp, udp
 from tests.traffic import CLIENT, SERVER
 from tests.trunk import Trunk
 
@@ -41,6 +42,52 @@ def test_a_twin_has_the_mac_address_and_mtu_of_its_port(gateway: Gateway) -> Non
     assert mac_of(gateway.space, "inside0") == mac_of(gateway.space, "vin")
     assert mac_of(gateway.space, "outside0") == mac_of(gateway.space, "vout")
     assert "mtu 1500" in gateway.space.ip("link show inside0")
+
+
+FLOW = "100.64.0.10:40000 > 100.64.0.1:"  # to the gateway itself
+LINK_FRAMES = {  # destination, EtherType, what follows
+    "LLDP": ("01:80:c2:00:00:0e", 0x88CC, b"\x02\x07\x04" + bytes(6) + b"\x04\x02\x07a" + bytes(40)),
+    "IPv6, neighbour solicitation": (
+        "33:33:ff:00:00:01",
+        0x86DD,
+        b"\x60\0\0\0\0\x18\x3a\xff" + bytes(32) + b"\x87" + bytes(23),
+    ),
+    "IPv6, to the gateway": ("", 0x86DD, b"\x60\0\0\0\0\x0c\x11\x40" + bytes(32) + bytes(12)),
+    "ARP": ("ff:ff:ff:ff:ff:ff", 0x0806, b"\0\1\x08\0\6\4\0\1" + bytes(10) + bytes(10)),
+    "VRRP": ("01:00:5e:00:00:12", 0x0800, ipv4("100.64.0.10 > 224.0.0.18", 112, bytes(12), ttl=255)),
+    "OSPF": ("01:00:5e:00:00:05", 0x0800, ipv4("100.64.0.10 > 224.0.0.5", 89, bytes(24), ttl=1)),
+    "BFD": ("", 0x0800, udp(FLOW + "3784", bytes(24), ttl=255)),
+    "BGP": ("", 0x0800, tcp(FLOW + "179", "S")),
+    "SSH": ("", 0x0800, tcp(FLOW + "22", "S")),
+}
+
+
+def test_what_is_not_nat_traffic_crosses_between_port_and_twin_unchanged_both_ways(gateway: Gateway) -> None:
+    def wire(name: str) -> socket.socket:
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # all protocols
+        made.bind((name, 0))
+        made.settimeout(0.5)
+        return made
+
+    host, twin = gateway.client.inside(lambda: wire("eth0")), gateway.space.inside(lambda: wire("inside0"))
+    wait_until("service", lambda: " 3 received" in ping(gateway.client, SERVER))
+    macs = {host: mac_of(gateway.client, "eth0"), twin: mac_of(gateway.space, "inside0")}
+
+    def arrives(frame: bytes, here: socket.socket, there: socket.socket) -> bool:
+        here.send(frame)
+        with suppress(TimeoutError):
+            while True:
+                data, source = there.recvfrom(2000)
+                if source[2] != socket.PACKET_OUTGOING and data[: len(frame)] == frame:
+                    return True
+        return False
+
+    with host, twin:
+        for here, there in ((host, twin), (twin, host)):
+            for what, (mac, kind, body) in LINK_FRAMES.items():
+                frame = bytes.fromhex(f"{mac or macs[there]}{macs[here]}".replace(":", ""))
+                frame += kind.to_bytes(2, "big") + body
+                wait_until(what, partial(arrives, frame, here, there))
 
 
 def test_a_next_hop_that_does_not_answer_arp_is_a_counted_drop_after_a_second(gateway: Gateway) -> None:

@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -101,9 +102,72 @@ def test_after_more_news_than_the_kernel_keeps_for_us_all_is_read_again(gateway:
     wait_until("the route", lambda: " 3 received" in ping(gateway.client, "192.0.2.9"))
 
 
+def test_destinations_share_equal_routes_and_move_when_one_goes(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    """Two routers for one prefix. Each destination keeps to its own; when one router's route goes all use the
+    other. They are entries that never change, so it is seen by the frames' addresses alone who is meant.
+    """
+    gateway = new_gateway(lab, program("dsnatd"))
+    wait_until("service", lambda: serves(gateway))
+    routers = {f"198.51.100.{number}": f"02:00:00:00:00:{number}" for number in (21, 22)}
+    for address, mac in routers.items():
+        gateway.space.ip(f"neighbour replace {address} lladdr {mac} dev outside0 nud permanent")
+    hops = " ".join(f"nexthop via {address} dev outside0" for address in routers)
+    gateway.space.ip(f"route add 192.0.2.0/24 {hops}")
+    destinations = {f"192.0.2.{number}" for number in range(1, 33)}
+
+    def who_gets(wire: socket.socket) -> dict[str, set[str]]:
+        """Sends to all until each has been on the wire: router by destination."""
+        seen: dict[str, set[str]] = {destination: set() for destination in destinations}
+
+        def all_seen() -> bool:
+            gateway.client.inside(ask)
+            with suppress(TimeoutError):
+                while True:
+                    frame = wire.recv(100)
+                    destination = socket.inet_ntoa(frame[30:34])
+                    if destination in seen:
+                        seen[destination].add(frame[:6].hex(":"))
+            return all(seen.values())
+
+        wait_until("a datagram to each", all_seen)
+        return seen
+
+    def ask() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            for destination in destinations:
+                client.sendto(b"which way", (destination, 9))
+
+    with gateway.server.inside(listen) as wire:
+        wire.settimeout(0.3)
+        first = who_gets(wire)
+        assert all(len(macs) == 1 for macs in first.values()), first
+        shares = [sum(mac in macs for macs in first.values()) for mac in routers.values()]
+        assert min(shares) >= len(destinations) // 8, shares
+        gateway.space.ip("route replace 192.0.2.0/24 via 198.51.100.22 dev outside0")
+
+        def moved() -> bool:
+            return set.union(*who_gets(wire).values()) == {routers["198.51.100.22"]}
+
+        wait_until("all to use the other", moved)
+    gateway.close()
+
+
 SOL_PACKET, PACKET_ADD_MEMBERSHIP, PACKET_MR_PROMISC, SO_TIMESTAMPNS, IPV4 = 263, 1, 1, 35, 0x0800
 RTM_NEWNEIGH, REQUEST, NDA_DST, NDA_LLADDR = 28, 0x505, 1, 2  # replace or create, and acknowledge
 CHANGES = 60
+
+
+def listen() -> socket.socket:
+    """On a host's wire, to every frame, with the kernel's time stamps."""
+    wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(IPV4))
+    wire.bind(("eth0", 0))
+    everything = struct.pack("iHH8s", socket.if_nametoindex("eth0"), PACKET_MR_PROMISC, 0, b"")
+    wire.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, everything)
+    wire.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    wire.settimeout(20)
+    return wire
 
 
 def new_neighbour(ifindex: int, mac: bytes) -> bytes:
@@ -125,15 +189,6 @@ def test_a_neighbours_new_address_is_on_the_wire_within_a_millisecond(
     gateway = new_gateway(lab, program("dsnatd"))
     wait_until("service", lambda: serves(gateway))
     gateway.space.run("chrt", "--all-tasks", "--fifo", "--pid", "1", str(gateway.pid()), check=False)
-
-    def listen() -> socket.socket:
-        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(IPV4))
-        wire.bind(("eth0", 0))
-        everything = struct.pack("iHH8s", socket.if_nametoindex("eth0"), PACKET_MR_PROMISC, 0, b"")
-        wire.setsockopt(SOL_PACKET, PACKET_ADD_MEMBERSHIP, everything)
-        wire.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        wire.settimeout(20)
-        return wire
 
     def kernel() -> tuple[socket.socket, int]:
         return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0), socket.if_nametoindex("outside0")

@@ -52,7 +52,8 @@ def handovers(gateway: Gateway) -> dict[str, int]:
 
 
 def test_every_flow_reaches_its_worker_and_comes_back(gateway: Gateway) -> None:
-    assert " 3 received" in ping(gateway.client, SERVER)  # next hops are known: no datagram waits for one
+    # routes and next hops are known: no datagram is too early, or waits for one
+    wait_until("a ping", lambda: " 3 received" in ping(gateway.client, SERVER))
     with echo(gateway.server, SERVER), ExitStack() as undo:
         for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
             made = [undo.enter_context(one) for one in flows(gateway.client, SERVER, kind, FLOWS)]
