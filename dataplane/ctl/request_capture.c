@@ -8,8 +8,9 @@
  * `filter` is a classic BPF program over the IPv4 packet. The client has compiled it: libpcap's compiler asks name servers, which the
  * control thread must not wait for. Here it is only checked (bpf_validate) and run, by the workers.
  *
- * Each worker has a ring of its own (core/capture.c). A client that does not come back is left after ten seconds, and its memory is
- * given back by the next start.
+ * Each worker has a ring of its own (core/capture.c), which is there as long as the worker may write into it: until it says that it
+ * has let go, or has left a client that did not come back for ten seconds. A worker that does not answer keeps its ring, and
+ * the others' go; the next start looks again.
  */
 #include <jansson.h>
 #include <pcap/bpf.h>
@@ -28,9 +29,8 @@
 struct request_capture {
 	uint32_t id; /* of the one that runs; 0: none */
 	uint32_t last_id;
-	struct bpf_insn *filter;
-	struct nat_capture *ring[NAT_WORKERS_MAX];
-	uint32_t n_workers;
+	struct bpf_insn *filter;                   /* there as long as a ring is */
+	struct nat_capture *ring[NAT_WORKERS_MAX]; /* NULL: the worker has none */
 };
 
 struct request_capture *request_capture_open(void)
@@ -38,21 +38,31 @@ struct request_capture *request_capture_open(void)
 	return calloc(1, sizeof(struct request_capture));
 }
 
-static void let_go(struct request_capture *capture)
+static void drop_ring(struct request_capture *capture, uint32_t w)
 {
-	for (uint32_t w = 0; w < capture->n_workers; w++)
-		free(capture->ring[w]);
-	memset(capture->ring, 0, sizeof(capture->ring));
+	free(capture->ring[w]);
+	capture->ring[w] = NULL;
+}
+
+/* True when no ring is left. */
+static bool is_over(struct request_capture *capture)
+{
+	for (uint32_t w = 0; w < NAT_WORKERS_MAX; w++)
+		if (capture->ring[w])
+			return false;
 	free(capture->filter);
 	capture->filter = NULL;
-	capture->n_workers = 0;
 	capture->id = 0;
+	return true;
 }
 
 void request_capture_close(struct request_capture *capture)
 {
-	if (capture)
-		let_go(capture);
+	if (!capture)
+		return;
+	for (uint32_t w = 0; w < NAT_WORKERS_MAX; w++)
+		drop_ring(capture, w);
+	(void)is_over(capture);
 	free(capture);
 }
 
@@ -75,16 +85,16 @@ static void attach(struct nat_engine *e, uint64_t now_ns, void *argument)
 	a->now_ns = now_ns;
 }
 
+/* False: a worker did not answer; it may still write, and its ring stays. */
 static bool end_capture(struct request_context *c)
 {
 	struct request_capture *capture = c->ops->capture;
 	struct attachment none = {0};
 
-	for (uint32_t w = 0; w < capture->n_workers; w++)
-		if (!request_on_worker(c, w, attach, &none))
-			return false; /* it may still write: the ring must stay */
-	let_go(capture);
-	return true;
+	for (uint32_t w = 0; w < NAT_WORKERS_MAX; w++)
+		if (capture->ring[w] && request_on_worker(c, w, attach, &none))
+			drop_ring(capture, w);
+	return is_over(capture);
 }
 
 /* ---- start ---- */
@@ -158,19 +168,39 @@ static bool read_reasons(struct request_context *c, const json_t *list, struct n
 	return true;
 }
 
-static bool make_rings(struct request_capture *capture, const struct nat_capture_params *params, uint32_t n)
+static bool make_ring(struct nat_capture **ring, const struct nat_capture_params *params)
 {
-	const size_t bytes = (nat_capture_size(params) + 63) & ~(size_t)63;
+	void *memory = aligned_alloc(64, (nat_capture_size(params) + 63) & ~(size_t)63);
 
-	for (uint32_t w = 0; w < n; w++) {
-		void *memory = aligned_alloc(64, bytes);
+	if (memory)
+		*ring = nat_capture_init(memory, params);
+	return memory != NULL;
+}
 
-		capture->n_workers = w + 1;
-		if (!memory)
-			return false;
-		capture->ring[w] = nat_capture_init(memory, params);
-	}
-	return true;
+/* Somebody's who has gone, or what a start left with a worker that did not answer. */
+static bool end_orphan(struct request_context *c)
+{
+	struct request_capture *capture = c->ops->capture;
+
+	for (uint32_t w = 0; w < NAT_WORKERS_MAX; w++)
+		if (capture->ring[w] && nat_capture_look(capture->ring[w]).left)
+			drop_ring(capture, w);
+	if (is_over(capture))
+		return true;
+	if (capture->id == 0)
+		return end_capture(c);
+	request_refuse(c, "somebody else captures; try again when that has ended");
+	return false;
+}
+
+static json_t *fail(struct request_context *c)
+{
+	char why[sizeof(c->why)];
+
+	memcpy(why, c->why, sizeof(why));
+	(void)end_capture(c);
+	memcpy(c->why, why, sizeof(why));
+	return NULL;
 }
 
 static json_t *start(struct request_context *c)
@@ -183,32 +213,23 @@ static json_t *start(struct request_context *c)
 	if (!request_only_keys(c, keys, COUNT(keys)) ||
 	    !request_read_count(c, "sample", 1000000000, &params.sample) ||
 	    !request_read_count(c, "snap", SNAP_MAX, &params.snap_bytes) ||
-	    !read_reasons(c, json_object_get(c->request, "reasons"), &params))
-		return NULL;
-	for (uint32_t w = 0; w < capture->n_workers; w++)
-		if (!nat_capture_look(capture->ring[w]).left)
-			return request_refuse(c, "somebody else captures; try again when that has ended");
-	let_go(capture);
-	if (!read_filter(c, json_object_get(c->request, "filter"), &capture->filter))
+	    !read_reasons(c, json_object_get(c->request, "reasons"), &params) || !end_orphan(c) ||
+	    !read_filter(c, json_object_get(c->request, "filter"), &capture->filter))
 		return NULL;
 	params.wants = capture->filter ? wants : NULL;
 	params.context = capture->filter;
 	while (params.n_slots * 2 * (2 * params.snap_bytes + 64) <= RING_BYTES)
 		params.n_slots *= 2;
-	if (!make_rings(capture, &params, c->ops->n_workers)) {
-		let_go(capture);
-		return request_refuse(c, "no memory to capture; free some");
-	}
-	for (uint32_t w = 0; w < capture->n_workers; w++) {
-		a.ring = capture->ring[w];
-		if (!request_on_worker(c, w, attach, &a)) {
-			char why[sizeof(c->why)];
-
-			memcpy(why, c->why, sizeof(why));
-			(void)end_capture(c);
-			memcpy(c->why, why, sizeof(why));
-			return NULL;
+	for (uint32_t w = 0; w < c->ops->n_workers; w++) {
+		if (!make_ring(&a.ring, &params)) {
+			request_refuse(c, "no memory to capture; free some");
+			return fail(c);
 		}
+		if (!request_on_worker(c, w, attach, &a)) {
+			free(a.ring);
+			return fail(c);
+		}
+		capture->ring[w] = a.ring;
 	}
 	capture->id = ++capture->last_id;
 	return json_pack("{s:o, s:o}", "id", request_number(capture->id), "now_ns", request_number(a.now_ns));
@@ -248,7 +269,9 @@ static json_t *take(struct request_context *c, bool stop)
 	json_t *packets = json_array();
 	uint32_t n = 0;
 
-	for (uint32_t w = 0; w < capture->n_workers; w++) {
+	for (uint32_t w = 0; w < NAT_WORKERS_MAX; w++) {
+		if (!capture->ring[w])
+			continue; /* it has let go while another did not answer */
 		const struct nat_capture_figures one = nat_capture_look(capture->ring[w]);
 		const struct nat_captured *p;
 

@@ -119,9 +119,10 @@ bool thread_run(struct thread *t, void (*run)(struct nat_engine *e, uint64_t now
 	sem_init(&job.done, 0, 0);
 	atomic_store(&t->job, &job);
 	thread_wake(t);
-	clock_gettime(CLOCK_REALTIME, &until); /* what sem_timedwait() wants */
+	clock_gettime(CLOCK_MONOTONIC,
+		      &until); /* a step of the other clock would end the patience, or prolong it */
 	until.tv_sec++;
-	while (sem_timedwait(&job.done, &until)) {
+	while (sem_clockwait(&job.done, CLOCK_MONOTONIC, &until)) {
 		if (errno == EINTR)
 			continue;
 		if (atomic_compare_exchange_strong(&t->job, &mine, NULL)) {
