@@ -48,8 +48,10 @@ static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
 		nat_pass(pkt, NAT_REASON_LOCAL);
 		return;
 	}
-	pkt->zone =
-		nat_policy_zone(policy, NAT_NTOH32(pkt->tuple.local_be), NAT_NTOH32(pkt->tuple.remote_be));
+	/* RFC 5508 REQ-5: the mapping of the quoted packet decides, whatever address the router has that complains. */
+	const uint32_t host_be =
+		pkt->stage_flags & NAT_STAGE_ICMP_ERROR ? nat_icmp_quoted_host(pkt) : pkt->tuple.local_be;
+	pkt->zone = nat_policy_zone(policy, NAT_NTOH32(host_be), NAT_NTOH32(pkt->tuple.remote_be));
 	if (pkt->zone == NAT_NO_ZONE) {
 		nat_drop(pkt, NAT_REASON_NO_ZONE);
 		return;

@@ -485,6 +485,8 @@ enum nat_timer nat_tcp_timer(uint8_t state);
 
 /* Reads the quoted packet of an ICMP error into pkt->tuple. */
 void nat_icmp_parse_error(struct nat_pkt *pkt);
+/* From inside: to whom the quoted packet went; if it cannot be read, who sent the error. */
+uint32_t nat_icmp_quoted_host(const struct nat_pkt *pkt);
 void nat_icmp_rewrite_error(struct nat_engine *e, struct nat_pkt *pkt, const struct nat_session *s);
 
 /* An error about pkt (whose bytes are still the original ones), to its sender. Rate-limited; silent where RFC

@@ -247,6 +247,31 @@ def test_rfc5508_req5_an_error_from_inside_about_nothing_is_dropped_in_silence(
     assert (answer.verdict, answer.reason, answer.out) == ("drop", "icmp_no_session", ())
 
 
+@BOTH
+def test_rfc5508_req5_a_router_inside_that_no_zone_names_is_heard(bench: Start, mapping: str) -> None:
+    """Links between routers often have addresses of their own: without errors path MTU discovery fails."""
+    replay = bench(configuration(mapping))
+    sent = replay.send(udp(f"{HOST} > {REMOTE}"))
+    reply = replay.send(udp(f"{REMOTE} > {outside(sent)}"), on="outside0")
+    answer = replay.send(icmp_error("10.255.0.1 > 198.51.100.1", 3, 4, reply.out[0].raw))
+    assert answer.packet.source_address == sent.packet.source_address
+    other = replay.send(icmp_error("10.255.0.1 > 198.51.100.1", 3, 4, udp(f"{REMOTE} > 10.9.9.9:7")))
+    assert (other.verdict, other.reason) == ("drop", "no_zone"), "nobody's packet is quoted"
+
+
+@BOTH
+@pytest.mark.parametrize("sender", ["100.64.0.2", "100.64.9.9"])
+def test_rfc5508_req5_an_error_from_inside_goes_to_whom_it_quotes_or_nowhere(
+    bench: Start, mapping: str, sender: str
+) -> None:
+    """RFC 1122 3.2.2: the source of the packet that it is about. Another one would learn of the mapping."""
+    replay = bench(configuration(mapping))
+    sent = replay.send(udp(f"{HOST} > {REMOTE}"))
+    reply = replay.send(udp(f"{REMOTE} > {outside(sent)}"), on="outside0")
+    answer = replay.send(icmp_error(f"{sender} > 192.0.2.66", 3, 3, reply.out[0].raw))
+    assert (answer.verdict, answer.reason, answer.out) == ("drop", "icmp_quote", ())
+
+
 def test_rfc5508_req5_a_visitor_hears_that_the_port_is_closed(bench: Start) -> None:
     replay = bench(configuration(EIM))
     mapped = outside(replay.send(udp(f"{HOST} > {REMOTE}")))
