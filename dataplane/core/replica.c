@@ -435,6 +435,18 @@ static bool is_valid(const struct nat_replica *replica)
 	       (protocol == NAT_PROTO_TCP || protocol == NAT_PROTO_UDP || protocol == NAT_PROTO_ICMP);
 }
 
+/* Times are compared by their difference, so half of all values lie in the future: a session last seen there would live for years. */
+static struct nat_replica within_time(const struct nat_replica *said)
+{
+	struct nat_replica replica = *said;
+
+	if (replica.idle_s > INT32_MAX)
+		replica.idle_s = 0;
+	if (replica.age_s > INT32_MAX)
+		replica.age_s = 0;
+	return replica;
+}
+
 static void refresh(struct nat_engine *e, uint32_t record, const struct nat_replica *replica)
 {
 	struct nat_session *s = &e->record[record];
@@ -530,12 +542,13 @@ static enum nat_import_result create(struct nat_engine *e, const struct nat_repl
 	return NAT_IMPORT_DONE;
 }
 
-enum nat_import_result nat_engine_import(struct nat_engine *e, const struct nat_replica *replica, bool yields,
+enum nat_import_result nat_engine_import(struct nat_engine *e, const struct nat_replica *said, bool yields,
 					 uint32_t *record)
 {
 	*record = NAT_NO_RECORD;
-	if (!is_valid(replica))
+	if (!is_valid(said))
 		return NAT_IMPORT_INVALID;
+	const struct nat_replica sane = within_time(said), *const replica = &sane;
 	const struct nat_session as = {.inside = replica->inside,
 				       .out_addr_be = replica->out_addr_be,
 				       .out_port_be = replica->out_port_be};

@@ -345,8 +345,37 @@ static void test_a_session_is_told_also_when_too_many_are_young(void)
 	testbed_stop(&b, false);
 }
 
+/* Minutes, not the years that are left until the time comes round again. */
+static void test_a_session_last_used_in_the_future_ends_like_any_other(void)
+{
+	struct testbed t;
+	uint32_t record;
+	const uint64_t now_ns = 5000 * SECOND_NS;
+	struct nat_replica said = {.inside = {.local_be = NAT_HTON32(host_of(0)),
+					      .remote_be = NAT_HTON32(remote_of(0)),
+					      .local_port_be = NAT_HTON16(4000),
+					      .remote_port_be = NAT_HTON16(443),
+					      .protocol = NAT_PROTO_UDP},
+				   .out_addr_be = NAT_HTON32(ADDRESS(203, 0, 113, 1)),
+				   .out_port_be = NAT_HTON16(5000),
+				   .kind = NAT_REPLICA_SESSION,
+				   .timer = NAT_TIMER_UDP,
+				   .idle_s = UINT32_C(0x90000000),
+				   .age_s = UINT32_MAX};
+
+	start(&t, NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 0, now_ns);
+	assert(nat_engine_import(t.e, &said, false, &record) == NAT_IMPORT_DONE);
+	assert(t.e->record[record].created_s <= t.e->now_s);
+	nat_engine_tick(t.e, now_ns + 299 * SECOND_NS);
+	assert(nat_engine_counters(t.e)->sessions == 1);
+	nat_engine_tick(t.e, now_ns + 400 * SECOND_NS);
+	assert(nat_engine_counters(t.e)->sessions == 0);
+	testbed_stop(&t, false);
+}
+
 int main(void)
 {
+	test_a_session_last_used_in_the_future_ends_like_any_other();
 	for (uint32_t loss = 0; loss < 8; loss += 3) {
 		test_failover(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 0, loss);
 		test_failover(NAT_ENDPOINT_INDEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 0, loss);
