@@ -55,8 +55,10 @@ def text_of(file: str) -> str:
 
     try:
         return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read ({error}); give a configuration file") from error
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error.strerror}); give a configuration file") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text; give a configuration file") from error
 
 
 def hush() -> None:

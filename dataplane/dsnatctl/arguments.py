@@ -6,7 +6,10 @@ words.py makes the man page and the bash completion of it, so a help text here i
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 from dsnatctl.act import do_clear, do_release, do_reload
 from dsnatctl.ask import VIEWS, do_explain, do_plan, do_rfc, do_show, do_status, do_version, do_who
@@ -14,6 +17,8 @@ from dsnatctl.client import SOCKET
 from dsnatctl.watch import do_capture, do_metrics, do_support, do_top
 
 CONFIG = "/etc/dsnat/dsnatd.yaml"
+STATES = ("opening", "established", "closing", "one_way", "two_way", "dns", "query", "hold")
+Number = TypeVar("Number", int, float)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("--pool", metavar="NAME", help="only this one")
         if name in ("pools", "destinations"):
             text = "look twice, S apart: when scarce ports will be spent"
-            one.add_argument("--seconds", type=float, default=0, metavar="S", help=text)
+            one.add_argument("--seconds", type=none_or_more, default=0, metavar="S", help=text)
         if name in ("sessions", "pools", "destinations"):
             one.add_argument("--limit", type=positive, metavar="N", help="at most N rows")
     verb("status", do_status, "is the engine well, and what does it run")
@@ -69,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--config", metavar="FILE", help="by this candidate file, with the live sessions")
     explain.add_argument("--flags", default="S", help="TCP flags, letters of FSRPAU; default S")
     explain.add_argument("--size", type=int, default=0, metavar="BYTES", help="length of the IPv4 packet")
-    explain.add_argument("--ttl", type=int, default=64, choices=range(256), metavar="N", help="default 64")
+    explain.add_argument("--ttl", type=byte, default=64, metavar="N", help="default 64")
     explain.add_argument("--dont-fragment", action="store_true", help="set DF")
     capture = verb("capture", do_capture, "packets before and after translation, in lines or to a file")
     capture.add_argument(
@@ -84,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     )
     capture.add_argument("--sample", type=positive, default=1, metavar="N", help="one in N; default 1")
     capture.add_argument("--count", type=positive, default=1000, metavar="N", help="at most; default 1000")
-    capture.add_argument("--seconds", type=float, default=60, metavar="S", help="at most; default 60")
+    capture.add_argument("--seconds", type=none_or_more, default=60, metavar="S", help="at most; default 60")
     capture.add_argument(
         "--size",
         type=positive,
@@ -125,21 +130,33 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remote", metavar=end, help="the far end")
     parser.add_argument("--outside", metavar=end, help="the public end")
     parser.add_argument("--protocol", choices=("tcp", "udp", "icmp"))
-    parser.add_argument("--state", help="opening, established, closing, one_way, two_way")
+    parser.add_argument("--state", choices=STATES)
     parser.add_argument("--pool", metavar="NAME")
     parser.add_argument("--older-s", type=positive, metavar="S", help="begun at least S seconds ago")
     parser.add_argument("--younger-s", type=positive, metavar="S", help="begun less than S seconds ago")
 
 
 def seconds(text: str) -> float:
-    number = float(text)
-    if not 0.05 <= number <= 3600:
-        raise ValueError
-    return number
+    return within(text, float, 0.05, 86400)
+
+
+def none_or_more(text: str) -> float:
+    return within(text, float, 0, 86400)
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    return within(text, int, 1, sys.maxsize)
+
+
+def byte(text: str) -> int:
+    return within(text, int, 0, 255)
+
+
+def within(text: str, kind: Callable[[str], Number], low: Number, high: Number) -> Number:
+    with suppress(ValueError):
+        number = kind(text)
+        if low <= number <= high:  # never true of nan
+            return number
+    what = "a number" if kind is float else "a whole number"
+    most = "up" if high == sys.maxsize else f"to {high}"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} {most}")

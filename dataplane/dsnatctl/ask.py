@@ -86,6 +86,8 @@ def do_status(arguments: argparse.Namespace) -> int:
 
 def do_who(arguments: argparse.Namespace) -> int:
     """Whose is this public address and port? By the sessions, and by arithmetic where a pool has that."""
+    if not arguments.outside:
+        raise UsageError("the address is empty; write ADDRESS or ADDRESS:PORT")
     with Engine(arguments.socket) as engine:
         found = [
             session

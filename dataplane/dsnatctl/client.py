@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -43,6 +45,8 @@ class Engine:
         except FileNotFoundError as error:
             raise Unreachable(f"{path} is not there: dsnatd does not run; start dsnatd.service") from error
         except ConnectionRefusedError as error:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):  # noqa: PTH116 (pathlib costs a start more than that)
+                raise Unreachable(f"{path} is not a socket; give dsnatd's with --socket") from error
             raise Unreachable(
                 f"nobody listens on {path}: dsnatd was killed; see journalctl -u dsnatd"
             ) from error
@@ -50,7 +54,9 @@ class Engine:
             raise Unreachable(f"you may not use {path}; become root or join the socket's group") from error
         except OSError as error:
             reason = error.strerror or error
-            raise Unreachable(f"{path} cannot be used ({reason}); give another --socket") from error
+            raise Unreachable(
+                f"{path or 'an empty path'} cannot be used ({reason}); give another --socket"
+            ) from error
 
     def __enter__(self) -> Engine:
         return self

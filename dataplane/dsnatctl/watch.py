@@ -95,7 +95,7 @@ def do_metrics(arguments: argparse.Namespace) -> int:
         server = metrics.Server((host, int(port)), arguments.socket)
     except OSError as error:
         print(
-            f"dsnatctl: cannot listen on {arguments.listen} ({error.strerror}); free the port",
+            f"dsnatctl: cannot listen on {arguments.listen} ({error.strerror}); give another --listen",
             file=sys.stderr,
         )
         return FAILED

@@ -1,15 +1,17 @@
-"""dsnatctl and ipvsadm where something else than dsnatd listens on the socket."""
+"""dsnatctl and ipvsadm in the hands of a stranger: something else listens, or the words make no sense."""
 
 from __future__ import annotations
 
 import socketserver
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dsnatctl import ipvsadm, metrics
+from dsnatctl.__main__ import main
 from tests.dataplane.conftest import Ctl
 
 ANSWERS = [
@@ -45,8 +47,9 @@ class Stranger(socketserver.ThreadingUnixStreamServer):
 class Line(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         assert isinstance(self.server, Stranger)
-        while self.rfile.readline():
-            self.wfile.write(self.server.said + b"\n")
+        with suppress(OSError):  # who has read enough hangs up
+            while self.rfile.readline():
+                self.wfile.write(self.server.said + b"\n")
 
 
 @pytest.fixture
@@ -93,3 +96,42 @@ def test_figures_and_the_old_command_say_so_too(
     err = capsys.readouterr().err
     assert err.startswith("ipvsadm: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ("status --socket FOLDER", 3, "FOLDER is not a socket; give dsnatd's with --socket"),
+        (
+            "status --socket FOLDER/none",
+            3,
+            "FOLDER/none is not there: dsnatd does not run; start dsnatd",
+        ),
+        ("status --socket=", 3, "an empty path cannot be used (Invalid argument); give another --socket"),
+        (
+            "plan FOLDER/none",
+            2,
+            "FOLDER/none cannot be read (No such file or directory); give",
+        ),
+        ("plan FOLDER/bytes", 2, "FOLDER/bytes is not UTF-8 text; give a configuration file"),
+        ("clear --all --state lost", 2, "argument --state: invalid choice: 'lost' (choose from 'opening', "),
+        ("show sessions --limit 0", 2, "argument --limit: '0' is not a whole number from 1 up"),
+        ("show pools --seconds -1", 2, "argument --seconds: '-1' is not a number from 0 to 86400"),
+        ("capture --seconds nan", 2, "argument --seconds: 'nan' is not a number from 0 to 86400"),
+        ("explain i tcp a b --ttl 999", 2, "argument --ttl: '999' is not a whole number from 0 to 255"),
+        ("metrics --listen 192.0.2.1:9", 1, "(Cannot assign requested address); give another --listen"),
+        ("release --socket FOLDER/none", 2, "forwards packets untranslated; say so with --yes"),
+    ],
+)
+def test_words_that_make_no_sense_are_answered_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, status: int, said: str
+) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    try:
+        ended = main(words.replace("FOLDER", str(tmp_path)).split())
+    except SystemExit as stop:
+        ended = int(stop.code or 0)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("dsnatctl")
+    assert said.replace("FOLDER", str(tmp_path)) in last
+    assert ended == status
