@@ -137,11 +137,11 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def seconds(text: str) -> float:
-    return within(text, float, 0.05, 86400)
+    return within(text, float, 0.05, 86400.0)
 
 
 def none_or_more(text: str) -> float:
-    return within(text, float, 0, 86400)
+    return within(text, float, 0.0, 86400.0)
 
 
 def positive(text: str) -> int:
@@ -158,5 +158,5 @@ def within(text: str, kind: Callable[[str], Number], low: Number, high: Number) 
         if low <= number <= high:  # never true of nan
             return number
     what = "a number" if kind is float else "a whole number"
-    most = "up" if high == sys.maxsize else f"to {high}"
-    raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} {most}")
+    most = "up" if high == sys.maxsize else f"to {high:g}"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g} {most}")
