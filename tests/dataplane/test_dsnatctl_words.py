@@ -194,6 +194,15 @@ def test_every_verb_is_in_the_readme() -> None:
         assert alone, f"dsnatctl {verb} has no row in dataplane/README.md"
 
 
+def test_every_option_in_the_readmes_table_is_one_that_the_verb_takes() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "dataplane/README.md").read_text()
+    takes = {name: set(one._option_string_actions) for name, _, one in words.verbs(parser())}
+    for row in re.findall(r"^\| (`dsnatctl .*)\|$", readme, re.MULTILINE):
+        named = re.findall(r"`dsnatctl ((?:show )?[a-z]+)", row.split(" | ")[0])
+        options = set(re.findall(r"(?<![a-z-])--[a-z-]+", row))
+        assert options <= set().union(*(takes[verb] for verb in named)), row
+
+
 def test_no_module_that_a_verb_does_not_need_is_loaded_at_the_start() -> None:
     code = "import sys; import dsnatctl.__main__ as start; start.parser(); print(*sys.modules)"
     root = str(Path(words.__file__).parents[1])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from provision.__main__ import main
+from provision.__main__ import cli, main
 from provision.cluster import keep_slices
 from provision.journal import Journal, JournalError, last_run
 from provision.load import load, slices_file
@@ -255,6 +255,17 @@ def test_a_file_that_cannot_be_written_is_one_sentence(file: Path) -> None:
 def test_unknown_verbs_and_options_end_with_two() -> None:
     run("nonsense", status=2)
     run("plan", "--nonsense", status=2)
+
+
+def test_every_verb_and_option_in_the_readmes_table_is_one_that_the_tool_takes() -> None:
+    table = (ROOT / "provision/README.md").read_text().partition("## The verbs")[2].partition("\n\n")[0]
+    rows = [row.split(" | ")[0] for row in table.splitlines() if row.startswith("| `")]
+    verbs = {verb for row in rows for verb in re.findall(r"`([a-z]+)", row)}
+    assert verbs == set(cli.commands)
+    for row in rows:
+        for words in re.findall(r"`([^`]+)`", row):
+            takes = {opt for one in cli.commands[words.split()[0]].params for opt in one.opts}
+            assert set(re.findall(r"--[a-z-]+", words)) <= takes, words
 
 
 def test_the_examples_in_the_readme_are_valid(tmp_path: Path) -> None:

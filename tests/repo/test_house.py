@@ -148,6 +148,20 @@ def test_every_make_verb_in_a_readme_exists() -> None:
     assert not {(name, verb) for name, verb in used if verb not in verbs}
 
 
+def test_every_module_test_and_option_that_a_readme_runs_exists() -> None:
+    """Of `python -m MODULE` and `pytest FILE --option`."""
+    known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "tests/conftest.py").read_text()))
+    for readme in tracked("*.md"):
+        text = (ROOT / readme).read_text()
+        for module in re.findall(r"python -m ([\w.]*\w)", text):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{readme}: {module}"
+        for words in re.findall(r"`pytest ([^`]+)`", text):
+            files = re.findall(r"\S+\.py", words)
+            assert all((ROOT / file).exists() for file in files), f"{readme}: pytest {words}"
+            assert set(re.findall(r"--[a-z-]+", words)) <= known, f"{readme}: pytest {words}"
+
+
 def test_every_file_that_a_readme_links_to_exists() -> None:
     missing = [
         f"{name}: {target}"
