@@ -36,6 +36,8 @@ json_t *request_show_sync(struct request_context *c)
 		       {"bytes_in", v.bytes_in},
 		       {"told_again", v.again},
 		       {"not_authentic", v.dropped},
+		       {"other_version", v.other_version},
+		       {"peer_version", v.peer_version},
 		       {"conflicts", v.conflicts},
 		       {"kept", v.kept},
 		       {"table_full", v.full},

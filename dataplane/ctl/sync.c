@@ -320,6 +320,11 @@ static void answer_compare(struct sync *s, struct sync_compare *asked)
 
 /* ---- a new peer ---- */
 
+static bool is_connected(const struct sync *s, uint64_t now_ns)
+{
+	return s->has_peer && now_ns - s->heard_ns < SILENCE_NS;
+}
+
 static void meet(struct sync *s, const struct sync_packet *packet)
 {
 	if (packet->head.n_records > RECORDS_MAX || !sync_forget_peer(s, packet->head.n_records)) {
@@ -345,6 +350,7 @@ static void meet(struct sync *s, const struct sync_packet *packet)
 	s->bulk = BULK_MARKING;
 	s->bulk_cursor = s->bulk_worker = 0;
 	s->wait_ns = WAIT_MIN_NS;
+	sync_refuse_no_more(s);
 	(void)sync_set_hold_back(s);
 }
 
@@ -402,8 +408,11 @@ static void take_packet(struct sync *s, const uint8_t *bytes, size_t n_bytes)
 {
 	struct sync_packet packet;
 
-	if (!sync_open_sealed(&packet, s->key, bytes, n_bytes) ||
-	    memcmp(packet.epoch, s->epoch, SYNC_EPOCH_BYTES) == 0 || is_past(s, packet.epoch)) {
+	if (!sync_open_sealed(&packet, s->key, bytes, n_bytes)) {
+		sync_refuse(s, bytes, n_bytes, is_connected(s, clock_ns()));
+		return;
+	}
+	if (memcmp(packet.epoch, s->epoch, SYNC_EPOCH_BYTES) == 0 || is_past(s, packet.epoch)) {
 		s->seen.dropped++;
 		return;
 	}
@@ -498,11 +507,6 @@ static void receive(struct sync *s)
 }
 
 /* ---- time ---- */
-
-static bool is_connected(const struct sync *s, uint64_t now_ns)
-{
-	return s->has_peer && now_ns - s->heard_ns < SILENCE_NS;
-}
 
 static void tick(struct sync *s)
 {

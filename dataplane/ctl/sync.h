@@ -30,6 +30,8 @@ struct sync_view {
 	uint64_t waiting, on_the_way, lag_ms,
 		heard_ms; /* changes; age of the oldest; since the last word of the peer */
 	uint64_t told, heard, bytes_out, bytes_in, again, dropped;
+	uint64_t other_version; /* datagrams; the version of the last one */
+	uint8_t peer_version;
 	uint64_t conflicts, kept, full, invalid;
 	uint64_t compared, repaired; /* ranges */
 	uint32_t ranges, differ, differs[SYNC_DIFFERS_MAX];

@@ -54,6 +54,8 @@ struct sync {
 	uint64_t heard_ns, said_ns, hello_ns;
 	uint32_t peer_records;
 	uint64_t peer_waiting;
+	bool said_key; /* what is wrong with the peer, since one lived */
+	uint8_t said_version;
 	/* told by us */
 	uint64_t number;
 	struct sync_flight flight[SYNC_WINDOW];
@@ -81,6 +83,10 @@ struct sync {
 	struct offer offer;
 	struct sync_view seen; /* counters */
 };
+
+/* sync_refuse.c: a datagram that came from the peer's address and cannot be read */
+void sync_refuse(struct sync *s, const uint8_t *bytes, size_t n_bytes, bool connected);
+void sync_refuse_no_more(struct sync *s); /* a peer lives */
 
 /* sync_table.c: what is asked of the workers. False: one did not answer in time, nothing is lost by that. */
 bool sync_export(struct sync *s, uint32_t worker, struct nat_replica *out, uint32_t *n);

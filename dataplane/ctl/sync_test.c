@@ -13,7 +13,7 @@
 #include "sync.h"
 #include "sync_wire.h"
 
-enum { SESSIONS = 8192, PLACES = 4096, DEADLINE_S = 20 };
+enum { SESSIONS = 8192, PLACES = 2048, DEADLINE_S = 20 };
 
 static const char key_text[] = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f\n";
 
@@ -68,7 +68,7 @@ static void be_born(struct stage *s, uint8_t epoch)
 	s->number = 0;
 }
 
-static void stage_open(struct stage *s)
+static void stage_open_with(struct stage *s, uint64_t max_sessions)
 {
 	struct sockaddr_in peer;
 	char why[256];
@@ -82,7 +82,7 @@ static void stage_open(struct stage *s)
 	close(loopback(&s->gateway)); /* a free port */
 	s->fd = loopback(&peer);
 	be_born(s, 1);
-	testbed_config(&s->t, 4, 1024, 65535, SESSIONS);
+	testbed_config(&s->t, 4, 1024, 65535, max_sessions);
 	s->t.params.replicate = true;
 	testbed_start(&s->t, clock_ns());
 	s->ops = (struct request_ops){.context = s, .n_workers = 1, .on_worker = on_worker};
@@ -93,8 +93,13 @@ static void stage_open(struct stage *s)
 					 .peer_port_be = peer.sin_port,
 					 .hold_back_ms = 2000};
 	snprintf(settings.key, sizeof settings.key, "%s", s->key_file);
-	s->sync = sync_open(&settings, &s->ops, SESSIONS, why, sizeof why);
+	s->sync = sync_open(&settings, &s->ops, max_sessions, why, sizeof why);
 	assert(s->sync);
+}
+
+static void stage_open(struct stage *s)
+{
+	stage_open_with(s, SESSIONS);
 }
 
 static void stage_close(struct stage *s)
@@ -147,22 +152,32 @@ static void meet(struct stage *s)
 	}
 }
 
-static struct datagram session(struct stage *s, uint32_t slot, uint32_t host)
+/* Of that host, and of the ones behind it in the places behind it. */
+static struct datagram session_of_each(struct stage *s, uint32_t slot, uint32_t host, uint32_t n)
 {
 	struct sync_packet packet = {.head.kind = SYNC_DATA};
-	const struct nat_replica replica = {.inside = {.local_be = NAT_HTON32(ADDRESS(100, 64, 0, 0) + host),
-						       .remote_be = NAT_HTON32(ADDRESS(198, 51, 100, 1)),
-						       .local_port_be = NAT_HTON16(4000),
-						       .remote_port_be = NAT_HTON16(443),
-						       .protocol = NAT_PROTO_UDP},
-					    .out_addr_be = NAT_HTON32(ADDRESS(203, 0, 113, 1)),
-					    .out_port_be = NAT_HTON16(2000 + host),
-					    .kind = NAT_REPLICA_SESSION,
-					    .timer = 4, /* NAT_TIMER_UDP */
-					    .slot = slot};
 
-	assert(sync_put(&packet, &replica));
+	for (uint32_t i = 0; i < n; i++) {
+		const struct nat_replica replica = {
+			.inside = {.local_be = NAT_HTON32(ADDRESS(100, 64, 0, 0) + host + i),
+				   .remote_be = NAT_HTON32(ADDRESS(198, 51, 100, 1)),
+				   .local_port_be = NAT_HTON16(4000),
+				   .remote_port_be = NAT_HTON16(443),
+				   .protocol = NAT_PROTO_UDP},
+			.out_addr_be = NAT_HTON32(ADDRESS(203, 0, 113, 1)),
+			.out_port_be = NAT_HTON16(2000 + host + i),
+			.kind = NAT_REPLICA_SESSION,
+			.timer = 4, /* NAT_TIMER_UDP */
+			.slot = slot + i};
+
+		assert(sync_put(&packet, &replica));
+	}
 	return seal(s, &packet);
+}
+
+static struct datagram session(struct stage *s, uint32_t slot, uint32_t host)
+{
+	return session_of_each(s, slot, host, 1);
 }
 
 static uint64_t heard(struct stage *s)
@@ -217,9 +232,60 @@ static void test_what_a_peer_said_before_it_was_restarted_is_not_taken_again(voi
 	stage_close(&s);
 }
 
+static struct sync_view view(const struct stage *s)
+{
+	struct sync_view v;
+
+	sync_look(s->sync, &v);
+	return v;
+}
+
+/* One of the two was upgraded to a release with another wire; or got another key. */
+static void test_another_version_and_another_key_are_told_apart_and_harm_nothing(void)
+{
+	struct sync_packet hello = {.head.kind = SYNC_HELLO};
+	struct stage s;
+
+	stage_open(&s);
+	struct datagram d = seal(&s, &hello);
+	d.bytes[4] = SYNC_VERSION + 1;
+	send_datagram(&s, &d);
+	assert(view(&s).other_version == 1 && view(&s).peer_version == SYNC_VERSION + 1);
+	assert(view(&s).dropped == 0 && !view(&s).connected);
+	s.key[0] ^= 1;
+	d = seal(&s, &hello);
+	send_datagram(&s, &d);
+	assert(view(&s).other_version == 1 && view(&s).dropped == 1 && !view(&s).connected);
+	s.key[0] ^= 1;
+	meet(&s);
+	d = session(&s, 7, 1);
+	send_datagram(&s, &d);
+	assert(heard(&s) == 1 && sessions(&s) == 1);
+	stage_close(&s);
+}
+
+/* Its table is twice as large as ours. */
+static void test_a_peer_that_tells_more_than_our_table_holds_is_counted_and_harms_nothing(void)
+{
+	struct stage s;
+
+	stage_open_with(&s, 1024);
+	meet(&s);
+	for (uint32_t slot = 0; slot < PLACES; slot += 16) {
+		const struct datagram d = session_of_each(&s, slot, 1 + slot, 16);
+
+		send_datagram(&s, &d);
+	}
+	const uint64_t kept = sessions(&s);
+	assert(heard(&s) == PLACES && kept > 0 && kept < PLACES && view(&s).full == PLACES - kept);
+	stage_close(&s);
+}
+
 int main(void)
 {
 	test_a_place_that_has_a_new_session_has_the_old_one_no_longer();
 	test_what_a_peer_said_before_it_was_restarted_is_not_taken_again();
+	test_another_version_and_another_key_are_told_apart_and_harm_nothing();
+	test_a_peer_that_tells_more_than_our_table_holds_is_counted_and_harms_nothing();
 	return 0;
 }

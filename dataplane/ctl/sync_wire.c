@@ -15,7 +15,7 @@ _Static_assert(SYNC_TAG_BYTES == crypto_aead_xchacha20poly1305_ietf_ABYTES, "and
 _Static_assert(SYNC_EPOCH_BYTES + 8 == crypto_aead_xchacha20poly1305_ietf_NPUBBYTES,
 	       "epoch and number are the nonce");
 
-static const uint8_t mark[8] = {'D', 'S', 'N', 'S', 1, 0, 0, 0};
+static const uint8_t mark[8] = {'D', 'S', 'N', 'S', SYNC_VERSION, 0, 0, 0};
 
 bool sync_wire_start(void)
 {
@@ -109,6 +109,11 @@ bool sync_open_sealed(struct sync_packet *packet, const uint8_t key[SYNC_KEY_BYT
 	packet->body_bytes = (size_t)plain_bytes - SYNC_HEAD_BYTES;
 	memcpy(packet->body, plain + SYNC_HEAD_BYTES, packet->body_bytes);
 	return head->kind < SYNC_KINDS;
+}
+
+uint8_t sync_version(const uint8_t *in, size_t in_bytes)
+{
+	return in_bytes > 4 && memcmp(in, mark, 4) == 0 ? in[4] : 0;
 }
 
 /* ---- entries ---- */

@@ -17,6 +17,7 @@
 #include "../core/replica.h"
 #include "offer.h"
 
+#define SYNC_VERSION      1u
 #define SYNC_KEY_BYTES    32u
 #define SYNC_EPOCH_BYTES  16u
 #define SYNC_BYTES_MAX    1400u /* of a datagram: no link of a gateway has less than 1428 */
@@ -73,6 +74,9 @@ size_t sync_seal(const struct sync_packet *packet, const uint8_t key[SYNC_KEY_BY
 /* False: not sealed with this key, or damaged. */
 bool sync_open_sealed(struct sync_packet *packet, const uint8_t key[SYNC_KEY_BYTES], const uint8_t *in,
 		      size_t in_bytes);
+
+/* Of a datagram, sealed or not; 0: it is none of ours. */
+uint8_t sync_version(const uint8_t *in, size_t in_bytes);
 
 /* One entry at the end of the body; false when it has no room. */
 bool sync_put(struct sync_packet *packet, const struct nat_replica *replica);

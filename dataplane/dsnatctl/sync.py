@@ -40,6 +40,11 @@ def sync(answer: Json) -> Iterator[str]:
             f"{answer['conflicts']} sessions of the peer were refused: ours in their place were used later; "
             f"the last was {answer['last_conflict']}"
         )
+    if answer["other_version"]:
+        yield (
+            f"{answer['other_version']} datagrams were of version {answer['peer_version']} of the sync: "
+            "give both gateways the same release"
+        )
     for key, what in (
         ("table_full", "sessions of the peer found no room: give both gateways the same engine.max_sessions"),
         ("not_authentic", "datagrams were not from our peer: is the key the same on both?"),
