@@ -20,8 +20,9 @@ from statistics import median
 
 import pytest
 
-from tests.gateway import OUTSIDE_ADDRESS, PATHS, Gateway, new_gateway, ping
+from tests.gateway import OUTSIDE_ADDRESS, PATHS, Gateway, config, mac_of, new_gateway, ping
 from tests.lab import Lab, wait_until
+from tests.packet import ipv4
 from tests.traffic import SERVER
 
 pytestmark = pytest.mark.net
@@ -221,4 +222,72 @@ def test_a_neighbours_new_address_is_on_the_wire_within_a_millisecond(
     record_property("neighbour_ms", text)
     print(text)
     assert sum(one < 1 for one in took_ms) >= CHANGES // 4, text
+    gateway.close()
+
+
+MEMIF = """\
+interfaces:
+  - {{name: {near}0, role: {near}, device: "{other}"}}
+  - {{name: {far}0, role: {far}, device: "net_memif0,role={role},id=1,socket={path},socket-abstract=no"}}
+"""
+
+
+def test_adverts_are_kept_for_a_link_that_is_full_and_go_first_when_it_has_room(
+    lab: Lab, program: Callable[[str], Path]
+) -> None:
+    """The link is shared memory, and full as soon as the program at its other end stands still."""
+    path = Path("/tmp", f"{lab.prefix}.memif")
+    lab.undo.callback(path.unlink, missing_ok=True)
+    beyond = lab.netns("beyond")
+    text = MEMIF.format(near="outside", far="inside", other="net_null0", role="server", path=path)
+    file, control = lab.directory / "beyond.yaml", Path("/tmp", f"{lab.prefix}-beyond.sock")
+    file.write_text(config(interfaces=text))
+    other = Gateway(beyond, beyond, beyond, program("dsnatd"), file, control, log="beyond")
+    other.start()
+    beyond.ip("link set inside0 up")
+    text = MEMIF.format(
+        near="inside", far="outside", other="net_af_packet0,iface=vin", role="client", path=path
+    )
+    gateway = new_gateway(lab, program("dsnatd"), config(interfaces=text))
+    wait_until("the link", lambda: all(port["up"] for port in gateway.show("ports")["ports"]))
+    gateway.space.ip(f"neighbour replace {SERVER} lladdr 02:00:00:00:00:09 dev outside0 nud permanent")
+
+    def refused() -> int:
+        return int(gateway.show("ports")["ports"][1]["tx_errors"])
+
+    def fill() -> bool:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            for _ in range(1000):
+                client.sendto(b"flood", (SERVER, 9))
+        return gateway.reason("tx_full") > 0
+
+    def twin_of(name: str) -> socket.socket:
+        twin = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(IPV4))
+        twin.bind((name, 0))
+        twin.settimeout(20)
+        return twin
+
+    ours = gateway.space.inside(lambda: twin_of("outside0"))
+    theirs = beyond.inside(lambda: twin_of("inside0"))
+    source = bytes.fromhex(mac_of(gateway.space, "outside0").replace(":", ""))
+    with ours, theirs:
+        other.daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            wait_until("a full link", lambda: gateway.client.inside(fill))
+            before = refused()
+            adverts = [ipv4("198.51.100.1 > 224.0.0.18", 112, bytes([number]) * 12) for number in range(5)]
+            for advert in adverts:
+                ours.send(bytes.fromhex("01005e000012") + source + b"\x08\x00" + advert)
+            # what nobody waits for is refused and counted; it came after the adverts
+            ours.send(bytes.fromhex("0180c200000e") + source + b"\x88\xcc" + bytes(46))
+            wait_until("the refusal", lambda: refused() > before)
+        finally:
+            other.daemon.process.send_signal(signal.SIGCONT)
+        arrived: list[bytes] = []
+        while len(arrived) < len(adverts):
+            frame = theirs.recv(200)
+            if frame[23] == 112:
+                arrived.append(frame[14 : 14 + len(adverts[0])])
+        assert arrived == adverts
+    other.close()
     gateway.close()

@@ -416,7 +416,7 @@ void port_view(const struct port *p, struct request_port *view)
 		.rx_errors = stats.ierrors,
 		.tx_packets = stats.opackets,
 		.tx_bytes = stats.obytes,
-		.tx_errors = stats.oerrors,
+		.tx_errors = stats.oerrors + p->twin_refused,
 		.twin_to_packets = p->twin_to,
 		.twin_from_packets = p->twin_from,
 	};

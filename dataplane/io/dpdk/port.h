@@ -44,6 +44,7 @@ struct port {
 	uint32_t speed_mbps;
 	rte_spinlock_t tx_lock[NAT_WORKERS_MAX];
 	_Atomic uint64_t twin_to, twin_from, twin_lost;
+	_Atomic uint64_t twin_refused; /* frames of the kernel that the device had no room for */
 };
 
 struct ports {

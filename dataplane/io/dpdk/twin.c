@@ -22,6 +22,7 @@
 #include <linux/if_tun.h>
 #include <net/if.h>
 #include <net/if_arp.h>
+#include <netinet/in.h>
 #include <rte_errno.h>
 #include <rte_lcore.h>
 #include <stdio.h>
@@ -197,6 +198,46 @@ void twins_mend(struct twins *t, void (*say)(const char *sentence))
 }
 
 /* ---- workers and control thread ---- */
+
+enum twin_class twin_class_of(const struct rte_mbuf *m)
+{
+	const uint8_t *frame = rte_pktmbuf_mtod(m, const uint8_t *), *l3 = frame + RTE_ETHER_HDR_LEN, *l4;
+	uint32_t bytes = rte_pktmbuf_data_len(m);
+	uint16_t type_be = ((const struct rte_ether_hdr *)frame)->ether_type, sport, dport;
+	const uint8_t *end = frame + bytes;
+	uint8_t protocol;
+
+	if (type_be == RTE_BE16(RTE_ETHER_TYPE_VLAN) && l3 + 4 <= end) { /* of a VLAN interface on the twin */
+		memcpy(&type_be, l3 + 2, sizeof type_be);
+		l3 += 4;
+	}
+	if (type_be == RTE_BE16(RTE_ETHER_TYPE_ARP))
+		return TWIN_CONTROL;
+	if (type_be == RTE_BE16(RTE_ETHER_TYPE_IPV4) && l3 + 20 <= end) {
+		protocol = l3[9];
+		l4 = l3 + (l3[0] & 15) * 4;
+	} else if (type_be == RTE_BE16(RTE_ETHER_TYPE_IPV6) && l3 + 40 <= end) {
+		protocol = l3[6];
+		l4 = l3 + 40;
+	} else {
+		return TWIN_REST;
+	}
+	if (protocol == 112) /* VRRP, both versions */
+		return TWIN_URGENT;
+	if (protocol == 89) /* OSPF */
+		return TWIN_CONTROL;
+	if (l4 + 4 > end)
+		return TWIN_REST;
+	if (protocol == IPPROTO_ICMPV6)
+		return l4[0] >= 133 && l4[0] <= 137 ? TWIN_CONTROL : TWIN_REST;
+	sport = (uint16_t)(l4[0] << 8 | l4[1]);
+	dport = (uint16_t)(l4[2] << 8 | l4[3]);
+	if (protocol == IPPROTO_UDP && (dport == 3784 || dport == 3785 || dport == 4784)) /* BFD */
+		return TWIN_URGENT;
+	if (protocol == IPPROTO_TCP && (dport == 179 || sport == 179)) /* BGP */
+		return TWIN_CONTROL;
+	return TWIN_REST;
+}
 
 bool twin_pass(struct twins *t, uint32_t worker, struct rte_mbuf *m, enum twin_class class)
 {

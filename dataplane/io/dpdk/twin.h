@@ -56,6 +56,9 @@ void twins_mend(struct twins *t, void (*say)(const char *sentence));
 /* Worker: a frame for the kernel. The note in it says what it was counted as. false: no room, it is still
  * yours. */
 bool twin_pass(struct twins *t, uint32_t worker, struct rte_mbuf *m, enum twin_class class);
+/* How urgent a frame is, on its way to the kernel or from there; it may have a VLAN tag. */
+enum twin_class twin_class_of(const struct rte_mbuf *m);
+
 /* Worker, once a round in which it passed something. */
 void twins_wake(struct twins *t);
 

@@ -26,7 +26,6 @@
 #include "worker.h"
 
 #include <errno.h>
-#include <netinet/in.h>
 #include <rte_epoll.h>
 #include <rte_errno.h>
 #include <rte_ethdev.h>
@@ -55,10 +54,34 @@
 #define INBOX_ENTRIES 2048u
 #define ETHER_BYTES   ((uint16_t)sizeof(struct rte_ether_hdr))
 #define ETHER_IPV4_BE RTE_BE16(RTE_ETHER_TYPE_IPV4)
-#define ETHER_IPV6_BE RTE_BE16(RTE_ETHER_TYPE_IPV6)
 #define ETHER_ARP_BE  RTE_BE16(RTE_ETHER_TYPE_ARP)
 
 /* ---- out of a port ---- */
+
+/* What a full queue of the port refuses is dropped, but for a few frames of the kernel that others wait for: an advert
+ * is not to be lost in a flood that fills the link. They stay, and go before all others next time. */
+static void out_refused(struct worker *w, struct port *port, struct out *out, uint32_t sent)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t i = sent; i < out->n; i++) {
+		struct rte_mbuf *m = out->m[i];
+
+		if (out->pkt[i]) {
+			nat_engine_undo(w->thread.engine, out->pkt[i], NAT_REASON_TX_FULL);
+		} else if (kept < WORKER_LATE_MAX && atomic_load(&port->up) &&
+			   twin_class_of(m) != TWIN_REST) {
+			out->m[kept] = m;
+			out->pkt[kept++] = NULL;
+			continue;
+		} else {
+			atomic_fetch_add(&port->twin_refused, 1);
+		}
+		rte_pktmbuf_free(m);
+	}
+	out->n = kept;
+	w->late |= kept != 0;
+}
 
 static void out_flush(struct worker *w, uint32_t index)
 {
@@ -71,12 +94,10 @@ static void out_flush(struct worker *w, uint32_t index)
 	sent = rte_eth_tx_burst(port->id, queue, out->m, (uint16_t)out->n);
 	if (port->shared_tx)
 		rte_spinlock_unlock(&port->tx_lock[queue]);
-	for (uint32_t i = sent; i < out->n; i++) {
-		if (out->pkt[i])
-			nat_engine_undo(w->thread.engine, out->pkt[i], NAT_REASON_TX_FULL);
-		rte_pktmbuf_free(out->m[i]);
-	}
-	out->n = 0;
+	if (sent < out->n)
+		out_refused(w, port, out, sent);
+	else
+		out->n = 0;
 }
 
 /* ---- to other workers ---- */
@@ -143,41 +164,6 @@ static void out_add(struct worker *w, uint32_t index, struct rte_mbuf *m, const 
 
 /* ---- to the kernel ---- */
 
-static enum twin_class class_of(const struct rte_mbuf *m)
-{
-	const uint8_t *frame = rte_pktmbuf_mtod(m, const uint8_t *), *l3 = frame + ETHER_BYTES, *l4;
-	uint32_t bytes = rte_pktmbuf_data_len(m);
-	uint16_t type_be = ((const struct rte_ether_hdr *)frame)->ether_type, sport, dport;
-	uint8_t protocol;
-
-	if (type_be == ETHER_ARP_BE)
-		return TWIN_CONTROL;
-	if (type_be == ETHER_IPV4_BE && bytes >= ETHER_BYTES + 20u) {
-		protocol = l3[9];
-		l4 = l3 + (l3[0] & 15) * 4;
-	} else if (type_be == ETHER_IPV6_BE && bytes >= ETHER_BYTES + 40u) {
-		protocol = l3[6];
-		l4 = l3 + 40;
-	} else {
-		return TWIN_REST;
-	}
-	if (protocol == 112) /* VRRP, both versions */
-		return TWIN_URGENT;
-	if (protocol == 89) /* OSPF */
-		return TWIN_CONTROL;
-	if (l4 + 4 > frame + bytes)
-		return TWIN_REST;
-	if (protocol == IPPROTO_ICMPV6)
-		return l4[0] >= 133 && l4[0] <= 137 ? TWIN_CONTROL : TWIN_REST;
-	sport = (uint16_t)(l4[0] << 8 | l4[1]);
-	dport = (uint16_t)(l4[2] << 8 | l4[3]);
-	if (protocol == IPPROTO_UDP && (dport == 3784 || dport == 3785 || dport == 4784)) /* BFD */
-		return TWIN_URGENT;
-	if (protocol == IPPROTO_TCP && (dport == 179 || sport == 179)) /* BGP */
-		return TWIN_CONTROL;
-	return TWIN_REST;
-}
-
 static bool to_twin(struct worker *w, struct rte_mbuf *m, uint8_t reason)
 {
 	if (m->nb_segs > 1 && rte_pktmbuf_linearize(m))
@@ -187,7 +173,7 @@ static bool to_twin(struct worker *w, struct rte_mbuf *m, uint8_t reason)
 		return false;
 	*note_of(m) = (struct note){.worker = (uint8_t)w->thread.index, .reason = reason};
 	w->passed_something = true;
-	return twin_pass(w->twins, w->thread.index, m, class_of(m));
+	return twin_pass(w->twins, w->thread.index, m, twin_class_of(m));
 }
 
 /* A frame that the core never sees. */
@@ -580,6 +566,10 @@ static uint32_t round_of(struct worker *w, uint64_t now_ns)
 		n += receive(w, &w->ports->port[i], now_ns);
 	n += take_over(w, now_ns);
 	n += from_kernel(w);
+	if (w->late) {
+		w->late = false;
+		flush_all(w);
+	}
 	n += receive_queue(w, n > 0, now_ns);
 	if (now_ns - w->run_ns >= TICK_NS) {
 		nat_engine_tick(w->thread.engine, now_ns);
@@ -662,6 +652,8 @@ int worker_run(void *argument)
 	}
 	w->waits_ns = 0;
 	waits_serve(w, thread_clock_ns()); /* stop is set: all that waits is let go */
+	for (uint32_t i = 0; i < w->ports->n; i++)
+		rte_pktmbuf_free_bulk(w->out[i].m, w->out[i].n); /* what its port has refused to the end */
 	return 0;
 }
 

@@ -11,6 +11,7 @@
 
 #define WORKER_WAITS     32u /* next hops that packets wait for at once */
 #define WORKER_WAIT_EACH 16u /* packets for each */
+#define WORKER_LATE_MAX  8u  /* frames of the kernel that a full port may still owe */
 
 struct out { /* frames for one port, sent together at the end of a burst */
 	uint32_t n;
@@ -36,6 +37,7 @@ struct worker {
 	struct rte_ring *inbox; /* from other workers */
 	struct will *will;      /* says when this thread dies (daemon/spare.c) */
 	bool passed_something;
+	bool late; /* some port has refused a frame that is kept: see out_refused() */
 	uint32_t n_waits, neighbour_generation;
 	uint64_t run_ns, waits_ns, queue_ns; /* when the engine last ran, and what was last looked at */
 	int interrupt_fd;                    /* epoll of all receive interrupts; -1: no port has them */
