@@ -100,8 +100,8 @@ void nat_engine_set_time(struct nat_engine *e, uint64_t now_ns)
 	if (now_ns > e->now_ns)
 		e->now_ns = now_ns;
 	e->now_s = (uint32_t)(e->now_ns / UINT64_C(1000000000));
-	if (NAT_UNLIKELY(e->now_s != before_s) && e->workers)
-		nat_marks_tidy(e->workers, e->worker);
+	if (NAT_UNLIKELY(e->now_s != before_s || e->tidying.left != 0) && e->workers)
+		nat_marks_tidy(e->workers, e->worker, &e->tidying);
 	if (e->outbox.head == e->outbox.n)
 		e->outbox.head = e->outbox.n = e->outbox.n_made = e->outbox.cut_bytes = e->outbox.n_cut = 0;
 }

@@ -166,6 +166,7 @@ struct nat_engine {
 	uint64_t now_ns;
 	uint32_t now_s;
 	uint32_t worker, n_workers;
+	struct nat_tidying tidying; /* of the marks */
 	uint32_t timeout_s[NAT_TIMER_COUNT];
 	struct nat_index index;
 	uint32_t *free_record; /* the last one is taken first: it is the one still in the cache */

@@ -138,18 +138,26 @@ void nat_away_end(struct nat_workers *workers, uint32_t place)
 	atomic_fetch_sub(&workers->line[place].away, 1);
 }
 
-void nat_marks_tidy(struct nat_workers *workers, uint32_t worker)
+void nat_marks_tidy(struct nat_workers *workers, uint32_t worker, struct nat_tidying *t)
 {
 	struct nat_workers_line *line = &workers->line[worker];
+	const size_t first = (size_t)worker * ((size_t)workers->mark_mask + 1);
 
-	if (!atomic_load_explicit(&line->marked, memory_order_relaxed) || atomic_load(&line->away) != 0)
+	if (t->left == 0 && !atomic_load_explicit(&line->marked, memory_order_relaxed))
 		return;
 	atomic_store(&line->wiping, true);
-	if (atomic_load(&line->away) == 0) {
-		const size_t n = (size_t)workers->mark_mask + 1;
-		for (size_t i = 0; i < n; i++)
-			atomic_store_explicit(&workers->mark[worker * n + i], 0, memory_order_relaxed);
-		atomic_store(&line->marked, false);
+	if (atomic_load(&line->away) !=
+	    0) { /* what is not wiped yet waits for the next time that nobody is */
+		if (t->left != 0)
+			atomic_store(&line->marked, true);
+		t->left = 0;
+	} else {
+		if (atomic_exchange(&line->marked, false))
+			t->left = workers->mark_mask + 1;
+		for (uint32_t n = 0; n < NAT_TIDIED_AT_ONCE && t->left != 0; n++, t->left--) {
+			atomic_store_explicit(&workers->mark[first + t->at], 0, memory_order_relaxed);
+			t->at = (t->at + 1) & workers->mark_mask;
+		}
 	}
 	atomic_store(&line->wiping, false);
 }

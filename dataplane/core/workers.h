@@ -120,7 +120,12 @@ void nat_away_begin(struct nat_workers *workers, uint32_t place, const struct na
 		    bool borrowed);
 void nat_away_end(struct nat_workers *workers, uint32_t place);
 
-/* Wipes a worker's marks when none of them means anything. By that worker, now and then. */
-void nat_marks_tidy(struct nat_workers *workers, uint32_t worker);
+/* Wipes a worker's marks when none of them means anything. By that worker, now and then, and again in each burst as long as some are
+ * left: there is one for each of its sessions, and whoever begins one meanwhile waits. */
+#define NAT_TIDIED_AT_ONCE 16384u /* some 10 us */
+struct nat_tidying {
+	uint32_t at, left;
+};
+void nat_marks_tidy(struct nat_workers *workers, uint32_t worker, struct nat_tidying *tidying);
 
 #endif

@@ -264,10 +264,58 @@ static void the_hash_is_that_of_the_specification(void)
 	free(workers);
 }
 
+static uint32_t marks_set(const struct nat_workers *workers, uint32_t worker)
+{
+	const size_t n = (size_t)workers->mark_mask + 1;
+	uint32_t set = 0;
+
+	for (size_t i = 0; i < n; i++)
+		set += atomic_load(&workers->mark[worker * n + i]) != 0;
+	return set;
+}
+
+/* A packet must not wait for marks of a million sessions. */
+static void marks_are_wiped_a_bit_at_a_time_and_only_when_none_is_needed(void)
+{
+	enum { MARKED = 4000 };
+	const uint64_t max_sessions = UINT64_C(1) << 20;
+	struct nat_workers *workers = nat_workers_init(testbed_memory(nat_workers_size(2, max_sessions)), 2,
+						       max_sessions, 1, NULL, NULL);
+	struct nat_tidying tidying = {0};
+	struct nat_tuple tuple = {.local_be = NAT_HTON32(ADDRESS(100, 64, 0, 1)), .protocol = NAT_PROTO_UDP};
+	const uint32_t rounds = (workers->mark_mask + 1) / NAT_TIDIED_AT_ONCE;
+
+	assert(rounds > 8);
+	for (uint32_t i = 0; i < MARKED; i++) {
+		tuple.remote_be = NAT_HTON32(i);
+		nat_away_begin(workers, 0, &tuple, 1, false);
+	}
+	const uint32_t all = marks_set(workers, 0);
+	nat_marks_tidy(workers, 0, &tidying);
+	assert(all > MARKED / 2 && marks_set(workers, 0) == all); /* they are needed */
+	for (uint32_t i = 0; i < MARKED; i++)
+		nat_away_end(workers, 0);
+	for (uint32_t round = 0; round < rounds / 2; round++)
+		nat_marks_tidy(workers, 0, &tidying);
+	const uint32_t rest = marks_set(workers, 0);
+	assert(rest > all / 4 && rest < all);
+	nat_away_begin(workers, 0, &tuple, 1, false);
+	for (uint32_t round = 0; round < 2 * rounds; round++)
+		nat_marks_tidy(workers, 0, &tidying);
+	assert(marks_set(workers, 0) >= rest && tidying.left == 0);
+	assert(atomic_load(nat_mark_of(workers, 0, &tuple)) == 2);
+	nat_away_end(workers, 0);
+	for (uint32_t round = 0; round < rounds; round++)
+		nat_marks_tidy(workers, 0, &tidying);
+	assert(marks_set(workers, 0) == 0 && tidying.left == 0);
+	free(workers);
+}
+
 int main(void)
 {
 	the_hash_is_that_of_the_specification();
 	a_key_that_reaches_no_class_is_not_followed();
+	marks_are_wiped_a_bit_at_a_time_and_only_when_none_is_needed();
 	for (uint32_t n = 2; n <= N_MAX; n++) {
 		a_session_is_refused_only_when_no_port_of_any_worker_is_free(n);
 		every_record_of_a_small_table_can_be_used(n);
