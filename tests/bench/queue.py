@@ -46,7 +46,7 @@ from pathlib import Path
 
 from tests.bench.run import store
 from tests.gateway import Gateway, config, interfaces, new_gateway
-from tests.lab import Program, new_lab, wait_until
+from tests.lab import LabError, Program, new_lab, wait_until
 from tests.traffic import SERVER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,9 +116,12 @@ def drained(gateway: Gateway, contender: Program) -> float:
     wait_until("an empty queue", lambda: waiting(gateway) == 0)
     contender.process.send_signal(signal.SIGSTOP)
     start, before_ns = arrived(gateway), spent_ns(contender)
-    flood(gateway, 30, str(FULL)).wait(timeout_s=40)
+    sender = flood(gateway, 30, str(FULL))
+    if sender.wait(timeout_s=40):
+        raise LabError(f"the sender failed: {sender.text()[-500:]}")
     count = waiting(gateway)
-    assert FULL * 0.9 < count <= FULL, f"{count} packets wait"
+    if not FULL * 0.9 < count <= FULL:
+        raise LabError(f"{count} of {FULL} packets wait in the queue: {sender.text()[-500:]}")
     contender.process.send_signal(signal.SIGCONT)
     wait_until("the packets", lambda: arrived(gateway) >= start + count)
     return (spent_ns(contender) - before_ns) / count
@@ -269,7 +272,11 @@ def main() -> int:
     if os.geteuid():
         print("the queue path is not measured: namespaces need root", file=sys.stderr)
         return 0
-    rates, costs, steadies = measure(options.windows, options.seconds)
+    try:
+        rates, costs, steadies = measure(options.windows, options.seconds)
+    except LabError as error:
+        print(f"the queue path could not be measured: {error}", file=sys.stderr)
+        return 1
     print(f"\nnetfilter-queue path: 64-byte packets, one queue (load {os.getloadavg()[0]:.1f})")
     print("\n".join(compare(steadies)))
     median = {name: statistics.median(all_) for name, all_ in rates.items() if all_}

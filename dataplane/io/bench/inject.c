@@ -84,7 +84,7 @@ struct watched {
 
 static struct {
 	uint32_t n_flows, n_queues;
-	bool answers, latency, attached[2];
+	bool answers, latency, attached[2], watching;
 	struct frame template[2];
 	struct outside *outside;
 	struct queue queue[QUEUES_MAX];
@@ -439,8 +439,8 @@ int rte_eth_dev_start(uint16_t port)
 	status = start(port);
 	if (status || rte_eth_dev_get_name_by_port(port, name))
 		return status;
-	if (watched && !strcmp(watched, name) && !world.attached[0]) {
-		world.attached[0] = true;
+	if (watched && !strcmp(watched, name) && !world.watching) {
+		world.watching = true;
 		(void)rte_eth_add_rx_callback(port, 0, watch, NULL);
 	}
 	for (uint32_t side = 0; side < 2; side++)
