@@ -403,6 +403,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m image.boot", description="Boot the gateway image in QEMU."
@@ -412,8 +418,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--profile", choices=PROFILES, default="cloud", help="which built image")
     parser.add_argument("--folder", type=Path, help="where overlay, logs and key go (default: .build/boot)")
-    parser.add_argument("--memory", type=int, default=1024, metavar="MIB")
-    parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--memory", type=positive, default=1024, metavar="MIB")
+    parser.add_argument("--cpus", type=positive, default=2)
     parser.add_argument(
         "--direct", action="store_true", help="kernel and initrd straight to QEMU, no firmware"
     )
@@ -432,6 +438,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"boot: {error}", file=sys.stderr)
         return EXIT_NEEDS if isinstance(error, NeedsError) else EXIT_FAILED
+    except (OSError, subprocess.SubprocessError) as error:  # a full disk, a folder that is not ours
+        if options.debug:
+            raise
+        print(f"boot: {error}; mend this, or name another --folder", file=sys.stderr)
+        return EXIT_FAILED
 
 
 if __name__ == "__main__":

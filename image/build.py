@@ -466,6 +466,15 @@ def check_lock(paths: Paths, *, locked: bool) -> None:
         say(f"{len(differences)} packages differ from image/packages.lock, such as: {differences[0]}")
 
 
+def a_version(text: str) -> str:
+    """It becomes part of file names, boot entries and partition labels, which are short."""
+    if re.fullmatch(r"[0-9][0-9A-Za-z.~-]{0,15}", text):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a version such as 0.2.0: a digit, then letters, digits, . ~ and -, at most 16"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m image.build", description="Build the gateway image.")
     parser.add_argument(
@@ -480,7 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tools-only", action="store_true", help="only make the tools tree (make setup does this)"
     )
-    parser.add_argument("--version", default="", help="build as this version, into a folder of its own")
+    parser.add_argument("--version", type=a_version, help="build as this version, into a folder of its own")
     parser.add_argument("--keys", type=Path, metavar="FOLDER", help="sign with these keys; see keys.py")
     parser.add_argument(
         "--locked", action="store_true", help="fail when a package is not the one of packages.lock"
@@ -504,7 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             build(
                 options.profile,
                 force=options.force,
-                version=options.version,
+                version=options.version or "",
                 keys=Keys(options.keys) if options.keys else None,
                 locked=options.locked,
             )

@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"keys: {error}", file=sys.stderr)
         return EXIT_THERE if "not empty" in str(error) else 1
     except OSError as error:
-        print(f"keys: {error}; name a folder that can be written", file=sys.stderr)
+        print(f"keys: {options.folder}: {error.strerror}; name a folder that can be written", file=sys.stderr)
         return 1
     print(f"keys: {options.folder} signs an image with: python -m image.build --keys {options.folder}")
     return 0

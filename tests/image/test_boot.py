@@ -169,3 +169,14 @@ def test_an_identity_names_the_host_key_before_the_gateway_exists() -> None:
 def test_management_by_dhcp_never_becomes_the_way_out_for_traffic() -> None:
     one = Identity("gw1", "", "ssh-ed25519 AAAA", "", "52:54:00:d5:00:02")
     assert "RouteMetric=4096" in one.credentials()["network.network.10-management"]
+
+
+def test_a_folder_that_cannot_be_made_and_a_machine_without_memory_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert boot.main(["--folder", str(tmp_path / "file/x")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        boot.main(["--memory", "-5"])
+    assert "'-5' is not a whole number above 0" in capsys.readouterr().err

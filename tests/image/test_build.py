@@ -138,3 +138,12 @@ def test_too_little_disk_space_is_said_before_anything_starts(
     monkeypatch.setattr(build, "FREE_BYTES_WANTED", 1 << 62)
     with pytest.raises(build.BuildError, match="GiB free, the build needs"):
         build.check_needs()
+
+
+@pytest.mark.parametrize("version", ["x", "0 1", "0.1/2", "0.1_2", "0.1.0-a-label-too-long", "../0.1"])
+def test_a_version_that_is_no_part_of_a_name_is_refused_at_once(
+    version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build.main(["--version", version])
+    assert "is not a version such as 0.2.0" in capsys.readouterr().err
