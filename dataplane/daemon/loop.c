@@ -175,8 +175,8 @@ static void tick(struct daemon *d)
 	links(d);
 	rules_mend(d);
 	daemon_free_retired(d);
+	daemon_follow_tenure(d); /* first: what it no longer doubts may be asked for */
 	daemon_follow_standing(d);
-	daemon_follow_tenure(d);
 	if (++n % 10)
 		return;
 	watchdog(d);

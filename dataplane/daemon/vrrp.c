@@ -61,6 +61,7 @@ void daemon_follow_standing(struct daemon *d)
 	struct sync_view view;
 	const struct standing_facts facts = {.translates = d->translates,
 					     .linked = is_linked(d),
+					     .begins = tenure_is_young(&d->tenure, thread_clock_ns()),
 					     .offer = d->offer,
 					     .sync = daemon_on_sync(d, &view) ? &view : NULL};
 

@@ -13,6 +13,7 @@ struct word {
 static const struct word well = {0, "all is well"}, exhausted = {-80, "a pool has no port left"},
 			 differs = {-90, "the peer is master with other pools or zones"},
 			 lacks = {-100, "the peer's sessions are not all here"},
+			 begins = {-100, "the engine has just begun"},
 			 stalled = {-254, "a worker makes no rounds"},
 			 unlinked = {-254, "one side has no link"};
 
@@ -49,6 +50,8 @@ static const struct word *word_of(const struct plan *plan, const struct standing
 		return f->sync->in_sync && ours->exhausted ? &exhausted : &well;
 	if (!f->sync->connected || !f->sync->heard_all)
 		return &lacks;
+	if (f->begins) /* who took over now would be dark until the doubt ends */
+		return &begins;
 	if (told && theirs->digest != ours->digest)
 		return relieves ? &well : &differs;
 	return told && theirs->exhausted ? &exhausted : &well;

@@ -28,6 +28,7 @@ struct standing {
 struct standing_facts {
 	bool translates; /* all workers make rounds */
 	bool linked;     /* both sides have a link */
+	bool begins;     /* an address that came now would be doubted: tenure.h */
 	struct offer offer;
 	const struct sync_view *sync; /* NULL: no peer */
 };

@@ -45,6 +45,11 @@ bool tenure_doubts(struct tenure *t, uint32_t address_be, bool here, uint64_t no
 	return here;
 }
 
+bool tenure_is_young(const struct tenure *t, uint64_t now_ns)
+{
+	return now_ns < t->clear_from_ns;
+}
+
 bool tenure_ends(struct tenure *t, uint64_t now_ns)
 {
 	if (t->ended || now_ns < t->until_ns)

@@ -29,6 +29,9 @@ void tenure_begins(struct tenure *t, uint64_t now_ns);
 /* Is this address doubted? `here`: the kernel has it. */
 bool tenure_doubts(struct tenure *t, uint32_t address_be, bool here, uint64_t now_ns);
 
+/* The first moments: an address that came now would be doubted. */
+bool tenure_is_young(const struct tenure *t, uint64_t now_ns);
+
 /* True once, when the time of doubt is over. */
 bool tenure_ends(struct tenure *t, uint64_t now_ns);
 
