@@ -20,8 +20,8 @@ static void bond_moved(struct daemon *d, const struct port *bond, const char *me
 {
 	uint8_t frame[ARP_FRAME_BYTES];
 
-	fprintf(stderr, "dsnatd: port %s sends by %s now: the member before it has no link\n", bond->name,
-		member);
+	fprintf(stderr, "dsnatd: port %s sends by %s from now on; members with a link: %u of %u\n",
+		bond->name, member, bond_links(&bond->bond), bond->bond.n);
 	for (uint32_t i = 0; i < d->ports.n; i++) { /* itself, or all VLANs of it */
 		const struct port *port = &d->ports.port[i];
 

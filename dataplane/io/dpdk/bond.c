@@ -3,8 +3,8 @@
  * and the bond would go on sending into the dark. So the control thread looks at the links itself, and moves what is
  * sent of an active-backup bond to a member that has one. Received is from all members at any time.
  *
- * Where the driver has been faster there is nothing left to do. The other modes are the driver's alone: with 802.3ad a
- * silent partner is one without a link, whatever a member says.
+ * Where the driver has been faster only the switches are left to be told. The other modes are the driver's alone: with
+ * 802.3ad a silent partner is one without a link, whatever a member says.
  */
 #include "bond.h"
 
@@ -30,6 +30,8 @@ void bond_open(struct bond *bond, uint16_t id, const struct nat_interface_config
 		member->up = true;
 		bond->n++;
 	}
+	if (bond->active_backup)
+		bond->active = (uint16_t)rte_eth_bond_primary_get(id);
 }
 
 static bool has_link(const struct bond_member *member)
@@ -41,31 +43,36 @@ static bool has_link(const struct bond_member *member)
 	return rte_eth_link_get_nowait(member->id, &link) == 0 && link.link_status == RTE_ETH_LINK_UP;
 }
 
-bool bond_follow(struct bond *bond, uint16_t id, const char **active)
+const char *bond_follow(struct bond *bond, uint16_t id)
 {
 	const struct bond_member *other = NULL;
-	const int now = bond->n ? rte_eth_bond_primary_get(id) : -1;
+	int active = bond->n && bond->active_backup ? rte_eth_bond_primary_get(id) : -1;
 	bool dark = false;
 
 	for (uint32_t i = 0; i < bond->n; i++) {
 		struct bond_member *member = &bond->member[i];
 
 		member->up = has_link(member);
-		dark |= !member->up && member->id == now;
+		dark |= !member->up && member->id == active;
 		if (member->up && !other)
 			other = member;
 	}
-	if (!dark || !other || !bond->active_backup || rte_eth_bond_primary_set(id, other->id) ||
-	    rte_eth_bond_primary_get(id) != other->id)
-		return false;
-	*active = other->device;
-	return true;
+	if (dark && other && rte_eth_bond_primary_set(id, other->id) == 0)
+		active = rte_eth_bond_primary_get(id);
+	if (active < 0 || active == bond->active)
+		return NULL;
+	bond->active = (uint16_t)active;
+	for (uint32_t i = 0; i < bond->n; i++)
+		if (bond->member[i].id == active)
+			return bond->member[i].device;
+	return NULL;
 }
 
-bool bond_has_link(const struct bond *bond)
+uint32_t bond_links(const struct bond *bond)
 {
+	uint32_t n = 0;
+
 	for (uint32_t i = 0; i < bond->n; i++)
-		if (bond->member[i].up)
-			return true;
-	return false;
+		n += bond->member[i].up;
+	return n;
 }

@@ -17,6 +17,7 @@ struct bond_member {
 struct bond {
 	uint32_t n; /* 0: the port is no bond */
 	bool active_backup;
+	uint16_t active; /* of an active-backup bond: the member that sends */
 	struct bond_member member[NAT_MEMBERS_MAX];
 };
 
@@ -24,10 +25,10 @@ struct bond {
 void bond_open(struct bond *bond, uint16_t id, const struct nat_interface_config *c);
 
 /* Control thread, often: looks at each member's link. Of an active-backup bond whose active member has none another one
- * sends from now on; then true, and `active` is its name. */
-bool bond_follow(struct bond *bond, uint16_t id, const char **active);
+ * sends from now on. Its name when another one sends than the last time, whoever has seen to that; mostly NULL. */
+const char *bond_follow(struct bond *bond, uint16_t id);
 
-/* Has any member a link? */
-bool bond_has_link(const struct bond *bond);
+/* How many members have a link. */
+uint32_t bond_links(const struct bond *bond);
 
 #endif

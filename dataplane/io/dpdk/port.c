@@ -376,9 +376,7 @@ bool port_is_replaced(const struct port *p)
 
 const char *port_follow_bond(struct port *p)
 {
-	const char *active = NULL;
-
-	return bond_follow(&p->bond, p->id, &active) ? active : NULL;
+	return bond_follow(&p->bond, p->id);
 }
 
 bool port_poll_link(struct port *p)
@@ -392,7 +390,7 @@ bool port_poll_link(struct port *p)
 		up = guard_has_carrier(p->copies);
 	}
 	if (p->bond.n)
-		up = up && bond_has_link(&p->bond);
+		up = up && bond_links(&p->bond) > 0;
 	up = up && !p->gone;
 	p->speed_mbps = up && link.link_speed != RTE_ETH_SPEED_NUM_UNKNOWN ? link.link_speed : 0;
 	return atomic_exchange(&p->up, up) != up;
