@@ -7,6 +7,7 @@ gateway, 7 locked by another operator, 8 the plan is stale, 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -16,7 +17,18 @@ import click
 from provision.verbs import DONE, FAILED, INTERRUPTED, INVALID, Exit, describe, keys, look, maintain, push
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Cli(click.Group):
+    def invoke(self, ctx: click.Context) -> object:
+        """A reader that has gone away (`| head`) ends a verb without a word, and as failed: a push that could
+        not show its plan has pushed nothing.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise Exit(FAILED) from error
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--file",
     type=click.Path(path_type=Path),
@@ -56,44 +68,55 @@ for verb in (
     cli.add_command(verb)
 
 
+def end(status: int) -> NoReturn:
+    """What the verb came to stands, also when nobody reads the last lines of it."""
+    try:
+        if sys.stdout:  # closed by who started us: there is none
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is tried again at exit
+        if not isinstance(error, BrokenPipeError):
+            print(f"dsnat-fleet: the output cannot be written ({error.strerror})", file=sys.stderr)
+            status = status or FAILED
+    sys.exit(status)
+
+
 def main() -> NoReturn:
     """The one place where an exception becomes a sentence and an exit status."""
     debug = "--debug" in sys.argv
     try:
         status = cli.main(standalone_mode=False)
-        sys.exit(status if isinstance(status, int) else DONE)
-    except Exit as end:
-        if str(end):
-            print(f"dsnat-fleet: {end}", file=sys.stderr)
-        sys.exit(end.status)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
+        end(status if isinstance(status, int) else DONE)
+    except Exit as told:
+        if str(told):
+            print(f"dsnat-fleet: {told}", file=sys.stderr)
+        end(told.status)
+    except click.exceptions.Exit as told:
+        end(told.exit_code)
     except click.ClickException as error:
         error.show()
-        sys.exit(INVALID)
+        end(INVALID)
     except (KeyboardInterrupt, click.Abort):
         print("dsnat-fleet: interrupted; nothing was left armed", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(DONE)
+        end(INTERRUPTED)
     except Exception as error:
         from provision.load import InvalidFleet
 
         if isinstance(error, InvalidFleet):
             bad = sum(not problem.warning for problem in error.problems)
             print(f"{error}\ndsnat-fleet: {bad} error{'s' * (bad > 1)}; nothing was done", file=sys.stderr)
-            sys.exit(INVALID)
+            end(INVALID)
         if debug:
             raise
         if isinstance(error, OSError):  # a full disk, a folder that is not ours: the machine's, not ours
             where = f"{error.filename}: " if error.filename else ""
             print(f"dsnat-fleet: {where}{error.strerror or error}", file=sys.stderr)
-            sys.exit(FAILED)
+            end(FAILED)
         print(
             f"dsnat-fleet: internal error: {error!r}; run it with --debug for the whole story",
             file=sys.stderr,
         )
-        sys.exit(FAILED)
+        end(FAILED)
 
 
 if __name__ == "__main__":

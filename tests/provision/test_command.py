@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -250,6 +251,23 @@ def test_a_saved_plan_that_is_none_is_refused_before_anybody_is_asked(file: Path
 def test_a_file_that_cannot_be_written_is_one_sentence(file: Path) -> None:
     said = run("--file", str(file), "plan", "--out", str(file / "plan.json"), status=1)
     assert said == f"dsnat-fleet: {file}/plan.json cannot be written (Not a directory); give another --out\n"
+
+
+@pytest.mark.parametrize(("buffered", "status"), [("", 0), ("1", 1)])
+def test_a_reader_that_has_gone_away_gets_no_traceback(file: Path, buffered: str, status: int) -> None:
+    """Gone before the last line was written, all is done; before that, not."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "provision", "--file", str(file), "validate"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": buffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, b"")
 
 
 def test_unknown_verbs_and_options_end_with_two() -> None:
