@@ -61,6 +61,15 @@ const struct node *config_tree(struct config *config, const char *text, size_t t
 /* config_keys.c: tree -> values and places, each key by itself. */
 void config_keys(struct config *config, const struct node *root, struct places *places, unsigned flags);
 
+extern const char *const config_switch_words[2]; /* off, on */
+
+/* config_interfaces.c: the section `interfaces`. */
+void config_interfaces(struct config *config, const struct node *node, struct places *places, unsigned flags);
+
+/* config_pools.c: the section `pools`; each is what `defaults` is, where it does not say more. */
+void config_pools(struct config *config, const struct node *node, struct places *places,
+		  const struct nat_pool_config *defaults);
+
 /* config_logging.c: the section `logging`, when the pools are read. */
 void config_logging(struct config *config, const struct node *node, struct places *places);
 

@@ -1,14 +1,13 @@
 /* The keys of dsnatd.yaml: which there are, what they take, what they are when not given.
  *
- * One function per section. Each has a table of its keys (struct key) and an enum of the same order;
- * config_fields() finds the values, the readers of config_values.c judge them.
+ * One function per section; some have a file of their own (config_interfaces.c, config_pools.c, config_logging.c,
+ * config_sync.c). Each has a table of its keys (struct key) and an enum of the same order; config_fields() finds the
+ * values, the readers of config_values.c judge them.
  *
  * All keys, their values and defaults are documented in dataplane/README.md, "Configuration";
  * tests/dataplane/test_config.py holds that table and this file together.
  */
 #include <ctype.h>
-#include <inttypes.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "config_internal.h"
@@ -19,17 +18,8 @@
 
 /* ---- words ---- */
 
-static const char *const role_words[] = {[NAT_ROLE_INSIDE] = "inside", [NAT_ROLE_OUTSIDE] = "outside"};
-static const char *const path_words[] = {[NAT_PATH_DPDK] = "dpdk", [NAT_PATH_NFQUEUE] = "nfqueue"};
-static const char *const mapping_words[] = {
-	[NAT_ENDPOINT_DEPENDENT] = "endpoint-dependent", [NAT_ENDPOINT_INDEPENDENT] = "endpoint-independent"};
-static const char *const filtering_words[] = {[NAT_FILTER_ENDPOINT_INDEPENDENT] = "endpoint-independent",
-					      [NAT_FILTER_ADDRESS] = "address-dependent",
-					      [NAT_FILTER_ADDRESS_AND_PORT] = "address-and-port-dependent"};
-static const char *const select_words[] = {
-	[NAT_SELECT_ROUND_ROBIN] = "round-robin", [NAT_SELECT_PAIRED] = "paired"};
-static const char *const announce_words[] = {
-	[NAT_ANNOUNCE_AUTO] = "auto", [NAT_ANNOUNCE_ARP] = "arp", [NAT_ANNOUNCE_NONE] = "none"};
+const char *const config_switch_words[2] = {"off", "on"};
+
 static const char *const action_words[] = {
 	[NAT_ACTION_POOL] = "pool", [NAT_ACTION_DROP] = "drop", [NAT_ACTION_PASS] = "pass"};
 static const char *const midflow_words[] = {
@@ -37,38 +27,6 @@ static const char *const midflow_words[] = {
 static const char *const refusal_words[] = {[NAT_REFUSAL_SILENT] = "silent",
 					    [NAT_REFUSAL_ICMP_ADMIN] = "icmp-admin",
 					    [NAT_REFUSAL_ICMP_HOST] = "icmp-host"};
-
-static const char *const switch_words[] = {"off", "on"};
-
-const char *config_role_word(enum nat_role role)
-{
-	return role_words[role];
-}
-
-const char *config_path_word(enum nat_path path)
-{
-	return path_words[path];
-}
-
-const char *config_mapping_word(enum nat_mapping_kind mapping)
-{
-	return mapping_words[mapping];
-}
-
-const char *config_filtering_word(enum nat_filtering filtering)
-{
-	return filtering_words[filtering];
-}
-
-const char *config_select_word(enum nat_select select)
-{
-	return select_words[select];
-}
-
-const char *config_announce_word(enum nat_announce announce)
-{
-	return announce_words[announce];
-}
 
 const char *config_action_word(enum nat_action action)
 {
@@ -111,304 +69,8 @@ static void read_engine(struct config *config, const struct node *node)
 	if (value[MAX_SESSIONS])
 		config_read_number(config, value[MAX_SESSIONS], "max_sessions", 1024, CONFIG_SESSIONS_MAX,
 				   &config->nat.max_sessions);
-	if (config_read_word(config, value[SPARE], "spare", switch_words, COUNT(switch_words), &word))
+	if (config_read_word(config, value[SPARE], "spare", config_switch_words, 2, &word))
 		config->spare = word == 1;
-}
-
-static bool is_hex(const char *text, size_t n)
-{
-	for (size_t i = 0; i < n; i++)
-		if (!isdigit((unsigned char)text[i]) && (text[i] < 'a' || text[i] > 'f'))
-			return false;
-	return true;
-}
-
-/* 0000:00:03.0 as sysfs writes it, or a vdev: net_DRIVER[,argument=value...]. */
-static void read_device(struct config *config, const struct node *node, char *out, size_t out_bytes)
-{
-	const char *text = node->text;
-	size_t length;
-
-	if (!config_as_scalar(config, node, "device"))
-		return;
-	length = strlen(text);
-	if (length >= out_bytes) {
-		config_error(config, node, "\"device\" is %zu characters long; at most %zu are possible",
-			     length, out_bytes - 1);
-		return;
-	}
-	for (const char *p = text; *p; p++) {
-		if ((unsigned char)*p <= 0x20 || (unsigned char)*p >= 0x7f) {
-			config_error(config, node, "\"device\" is %s; it may hold no blanks and only ASCII",
-				     config_shown(config, text));
-			return;
-		}
-	}
-	if (!strncmp(text, "net_", 4) && length > 4) {
-		memcpy(out, text, length + 1);
-		return;
-	}
-	if (length == 12 && is_hex(text, 4) && text[4] == ':' && is_hex(text + 5, 2) && text[7] == ':' &&
-	    is_hex(text + 8, 2) && text[10] == '.' && text[11] >= '0' && text[11] <= '7') {
-		memcpy(out, text, length + 1);
-		return;
-	}
-	if (length == 7 && is_hex(text, 2) && text[2] == ':')
-		config_error(config, node, "\"device\" is %s without its PCI domain; write \"0000:%s\"",
-			     config_shown(config, text), text);
-	else
-		config_error(config, node,
-			     "\"device\" is %s; write a PCI address such as \"0000:00:03.0\" (lower case) or "
-			     "a DPDK "
-			     "device such as net_tap0",
-			     config_shown(config, text));
-}
-
-/* A device that drives others, by DPDK's bonding driver. */
-static void read_members(struct config *config, const struct node *interface, const struct node *list,
-			 struct nat_interface_config *out)
-{
-	const bool bonds = !strncmp(out->device, "net_bonding", strlen("net_bonding"));
-
-	if (list && !bonds)
-		config_error(config, list,
-			     "only a device such as \"net_bonding0,mode=1\" has members; remove them");
-	else if (bonds && !list)
-		config_error(config, interface, "the device bonds others; name them in \"members\"");
-	if (!list || !bonds || !config_as_list(config, list, "\"members\""))
-		return;
-	if (list->n < 2 || list->n > NAT_MEMBERS_MAX)
-		config_error(config, list, "%u members; a bond has 2 to %u", list->n, NAT_MEMBERS_MAX);
-	for (const struct node *one = list->first; one && out->n_members < NAT_MEMBERS_MAX; one = one->next)
-		read_device(config, one, out->member[out->n_members++], sizeof(out->member[0]));
-}
-
-static bool read_interface(struct config *config, const struct node *node, struct nat_interface_config *out,
-			   unsigned flags)
-{
-	enum { NAME, ROLE, PATH, DEVICE, MEMBERS, VLAN, MTU, ICMP_ERRORS };
-	static const struct key keys[] = {
-		[NAME] = {"name", true},        [ROLE] = {"role", true},
-		[PATH] = {"path", false},       [DEVICE] = {"device", false},
-		[MEMBERS] = {"members", false}, [VLAN] = {"vlan", false},
-		[MTU] = {"mtu", false},         [ICMP_ERRORS] = {"icmp_errors", false}};
-	static const char *const taken[] = {"all", "default", "lo", "dsnat0"};
-	const struct node *value[COUNT(keys)];
-	bool has_path = true;
-	unsigned word;
-
-	if (!config_fields(config, node, "the interface", keys, COUNT(keys), value))
-		return false;
-	/* IFNAMSIZ is 16 with the closing zero */
-	if (config_read_name(config, value[NAME], "name", 15, out->name)) {
-		for (size_t i = 0; i < COUNT(taken); i++)
-			if (!strcmp(out->name, taken[i]))
-				config_error(config, value[NAME],
-					     "the name \"%s\" is taken by Linux or by dsnatd itself; choose "
-					     "another",
-					     out->name);
-	}
-	if (config_read_word(config, value[ROLE], "role", role_words, COUNT(role_words), &word))
-		out->role = (enum nat_role)word;
-	if (value[PATH])
-		has_path =
-			config_read_word(config, value[PATH], "path", path_words, COUNT(path_words), &word);
-	if (value[PATH] && has_path)
-		out->path = (enum nat_path)word;
-	config_read_u16(config, value[MTU], "mtu", 576, 65535, &out->mtu_bytes);
-	config_read_u16(config, value[VLAN], "vlan", 1, 4094, &out->vlan);
-	if (value[VLAN] && has_path && out->path == NAT_PATH_NFQUEUE)
-		config_error(
-			config, value[VLAN],
-			"an interface with path nfqueue is the kernel's; name its VLAN interface, and remove "
-			"\"vlan\"");
-	if (config_read_word(config, value[ICMP_ERRORS], "icmp_errors", switch_words, COUNT(switch_words),
-			     &word))
-		out->silent = word == 0;
-	if (value[DEVICE] && has_path && out->path == NAT_PATH_NFQUEUE)
-		config_error(config, value[DEVICE],
-			     "an interface with path nfqueue has no device, the kernel keeps it; remove "
-			     "\"device\" or use path dpdk");
-	else if (value[DEVICE])
-		read_device(config, value[DEVICE], out->device, sizeof(out->device));
-	else if (has_path && out->path == NAT_PATH_DPDK && !(flags & CONFIG_WITHOUT_DEVICES))
-		config_error(config, node,
-			     "the interface has path dpdk and no \"device\"; add its PCI address, or a DPDK "
-			     "device such as net_tap0");
-	read_members(config, node, value[MEMBERS], out);
-	return true;
-}
-
-static void read_interfaces(struct config *config, const struct node *node, struct places *places,
-			    unsigned flags)
-{
-	struct nat_interface_config *list;
-	uint32_t n = 0, errors = config->n_errors;
-
-	if (!node || !config_as_list(config, node, "interfaces"))
-		return;
-	list = config_take(config, node->n, sizeof(*list));
-	places->interface = config_take(config, node->n, sizeof(struct node *));
-	for (const struct node *element = node->first; element; element = element->next) {
-		places->interface[n] = element;
-		n += read_interface(config, element, &list[n], flags);
-	}
-	if (n > NAT_INTERFACES_MAX)
-		config_error(config, node, "%u interfaces; at most %u are possible", n, NAT_INTERFACES_MAX);
-	places->interfaces_good = config->n_errors == errors;
-	for (uint32_t i = 0; i < n && flags & CONFIG_DEGRADED; i++)
-		list[i].path = NAT_PATH_NFQUEUE;
-	config->nat.interfaces = list;
-	config->nat.n_interfaces = n;
-}
-
-/* How a host's ports are kept together: blocks, or arithmetic. Both keep a host on one address. */
-static void read_shares(struct config *config, struct nat_pool_config *out, const struct node *block_ports,
-			const struct node *blocks_per_host, const struct node *deterministic,
-			const struct node *dynamic_ports)
-{
-	const uint32_t n_ports = (uint32_t)out->port_last - out->port_first + 1;
-	uint64_t n_addresses = 0, hosts;
-
-	config_read_u16(config, block_ports, "block_ports", 16, 32768, &out->block_ports);
-	out->blocks_per_host = 4;
-	config_read_u16(config, blocks_per_host, "blocks_per_host", 1, 4096, &out->blocks_per_host);
-	config_read_u16(config, dynamic_ports, "dynamic_ports", 0, 65535, &out->dynamic_ports);
-	if (blocks_per_host && !block_ports)
-		config_error(config, blocks_per_host,
-			     "blocks_per_host needs \"block_ports\"; add it, or remove this");
-	if (dynamic_ports && !deterministic)
-		config_error(config, dynamic_ports,
-			     "dynamic_ports needs \"deterministic\"; add it, or remove this");
-	if (block_ports && deterministic)
-		config_error(config, block_ports,
-			     "a pool has blocks or a deterministic mapping; remove one of the two");
-	if (block_ports && out->block_ports > n_ports)
-		config_error(config, block_ports,
-			     "a block of %u ports is larger than the pool's %u ports; make it smaller",
-			     out->block_ports, n_ports);
-	if ((block_ports || deterministic) && out->select != NAT_SELECT_PAIRED)
-		config_error(config, block_ports ? block_ports : deterministic,
-			     "a host whose ports are kept together has one address; add \"select: paired\"");
-	if (!deterministic ||
-	    !config_read_prefix(config, deterministic, "deterministic", &out->deterministic))
-		return;
-	for (uint32_t i = 0; i < out->n_ranges; i++)
-		n_addresses += (uint64_t)out->ranges[i].last - out->ranges[i].first + 1;
-	hosts = UINT64_C(1) << (32 - out->deterministic.length_bits);
-	if (out->deterministic.length_bits == 0)
-		config_error(config, deterministic,
-			     "\"deterministic\" is every address there is; write the prefix of the hosts");
-	else if (n_addresses &&
-		 (out->dynamic_ports >= n_ports ||
-		  (n_ports - out->dynamic_ports) / ((hosts + n_addresses - 1) / n_addresses) == 0))
-		config_error(config, deterministic,
-			     "%" PRIu64 " hosts on %" PRIu64
-			     " addresses leave no port for each; add addresses, or shorten the prefix",
-			     hosts, n_addresses);
-}
-
-static bool read_pool(struct config *config, const struct node *node, struct nat_pool_config *out,
-		      struct pool_places *places)
-{
-	enum {
-		NAME,
-		ADDRESSES,
-		DRAIN,
-		PORTS,
-		MAPPING,
-		FILTERING,
-		SELECT,
-		ANNOUNCE,
-		ACTIVE_WHILE,
-		BLOCK_PORTS,
-		BLOCKS_PER_HOST,
-		DETERMINISTIC,
-		DYNAMIC_PORTS
-	};
-	static const struct key keys[] = {
-		[NAME] = {"name", true},
-		[ADDRESSES] = {"addresses", true},
-		[DRAIN] = {"drain", false},
-		[PORTS] = {"ports", false},
-		[MAPPING] = {"mapping", false},
-		[FILTERING] = {"filtering", false},
-		[SELECT] = {"select", false},
-		[ANNOUNCE] = {"announce", false},
-		[ACTIVE_WHILE] = {"active_while", false},
-		[BLOCK_PORTS] = {"block_ports", false},
-		[BLOCKS_PER_HOST] = {"blocks_per_host", false},
-		[DETERMINISTIC] = {"deterministic", false},
-		[DYNAMIC_PORTS] = {"dynamic_ports", false},
-	};
-	const struct node *value[COUNT(keys)];
-	uint32_t address;
-	unsigned word;
-
-	if (!config_fields(config, node, "the pool", keys, COUNT(keys), value))
-		return false;
-	places->pool = node;
-	config_read_name(config, value[NAME], "name", NAT_NAME_MAX - 1, out->name);
-	if (value[ADDRESSES]) {
-		if (value[ADDRESSES]->kind == NODE_LIST && value[ADDRESSES]->n == 0)
-			config_error(config, value[ADDRESSES], "pool %s has no address; give it at least one",
-				     config_shown(config, out->name));
-		out->n_ranges = config_read_ranges(config, value[ADDRESSES], "addresses", &out->ranges,
-						   &out->weights, &places->range);
-	}
-	if (value[DRAIN])
-		out->n_drain =
-			config_read_ranges(config, value[DRAIN], "drain", &out->drain, NULL, &places->drain);
-	config_read_ports(config, value[PORTS], &out->port_first, &out->port_last);
-	if (config_read_word(config, value[MAPPING], "mapping", mapping_words, COUNT(mapping_words), &word))
-		out->mapping = (enum nat_mapping_kind)word;
-	if (out->mapping == NAT_ENDPOINT_DEPENDENT)
-		out->filtering = NAT_FILTER_ADDRESS_AND_PORT;
-	/* one address per host is what an endpoint-independent pool is for (RFC 4787 REQ-2) */
-	out->select = out->mapping == NAT_ENDPOINT_INDEPENDENT ? NAT_SELECT_PAIRED : NAT_SELECT_ROUND_ROBIN;
-	if (config_read_word(config, value[SELECT], "select", select_words, COUNT(select_words), &word))
-		out->select = (enum nat_select)word;
-	if (config_read_word(config, value[FILTERING], "filtering", filtering_words, COUNT(filtering_words),
-			     &word)) {
-		out->filtering = (enum nat_filtering)word;
-		if (out->mapping == NAT_ENDPOINT_DEPENDENT && out->filtering != NAT_FILTER_ADDRESS_AND_PORT)
-			config_error(config, value[FILTERING],
-				     "an endpoint-dependent mapping always filters by address and port; "
-				     "remove \"filtering\" or set mapping: endpoint-independent");
-	}
-	if (config_read_word(config, value[ANNOUNCE], "announce", announce_words, COUNT(announce_words),
-			     &word))
-		out->announce = (enum nat_announce)word;
-	read_shares(config, out, value[BLOCK_PORTS], value[BLOCKS_PER_HOST], value[DETERMINISTIC],
-		    value[DYNAMIC_PORTS]);
-	if (config_read_address(config, value[ACTIVE_WHILE], "active_while", &address)) {
-		places->active_while = value[ACTIVE_WHILE];
-		out->active_while_be = __builtin_bswap32(address);
-	}
-	return true;
-}
-
-static void read_pools(struct config *config, const struct node *node, struct places *places,
-		       const struct nat_pool_config *defaults)
-{
-	struct nat_pool_config *list;
-	uint32_t n = 0;
-
-	if (!node || !config_as_list(config, node, "pools"))
-		return;
-	if (node->n > CONFIG_POOLS_MAX) {
-		config_error(config, node, "%u pools; at most %u are possible, put more addresses into each",
-			     node->n, CONFIG_POOLS_MAX);
-		return;
-	}
-	list = config_take(config, node->n, sizeof(*list));
-	places->pool = config_take(config, node->n, sizeof(*places->pool));
-	for (const struct node *element = node->first; element; element = element->next) {
-		list[n] = *defaults;
-		n += read_pool(config, element, &list[n], &places->pool[n]);
-	}
-	config->nat.pools = list;
-	config->nat.n_pools = n;
 }
 
 /* Pool names are looked up by hand: a zone is read once, and most gateways have a handful of pools. With
@@ -697,8 +359,8 @@ void config_keys(struct config *config, const struct node *root, struct places *
 	config_read_word(config, value[PROFILE], "profile", profiles, COUNT(profiles), &word);
 	set_defaults(&config->nat, &pool, word == 1);
 	read_engine(config, value[ENGINE]);
-	read_interfaces(config, value[INTERFACES], places, flags);
-	read_pools(config, value[POOLS], places, &pool);
+	config_interfaces(config, value[INTERFACES], places, flags);
+	config_pools(config, value[POOLS], places, &pool);
 	read_zones(config, value[ZONES], places);
 	read_statics(config, value[STATIC], places);
 	config_logging(config, value[LOGGING], places);
@@ -710,8 +372,7 @@ void config_keys(struct config *config, const struct node *root, struct places *
 		config->nat.tcp_midflow = (enum nat_midflow)word;
 	if (config_read_word(config, value[OTHER], "other_protocols", other_words, COUNT(other_words), &word))
 		config->nat.pass_other_protocols = word == 1;
-	if (config_read_word(config, value[CONTROL], "port_control", switch_words, COUNT(switch_words),
-			     &word))
+	if (config_read_word(config, value[CONTROL], "port_control", config_switch_words, 2, &word))
 		config->nat.port_control = word == 1;
 	if (config_read_word(config, value[DEGRADED], "degraded", degraded_words, COUNT(degraded_words),
 			     &word))
