@@ -1,8 +1,8 @@
 """What QEMU is told, and what this host must have for it.
 
 The command line is a function of the machine (boot.py) and of two descriptors, its ends of the monitor and of
-the guest's ready port. Nothing is started here; what QEMU needs beside the image, such as the firmware's
-variables, is put into the machine's folder.
+the guest's ready port. Nothing is started here; what QEMU needs beside the image, the firmware's variables
+and the credentials, is put into the machine's folder.
 """
 
 from __future__ import annotations
@@ -149,11 +149,21 @@ def first_program(machine: Machine, extra_command_line: str) -> list[str]:
 
 
 def credentials(machine: Machine) -> list[str]:
+    """By file: a private host key stands in no list of processes. The files end with the folder, so that
+    qemu.sh there can be run again.
+    """
     command: list[str] = []
-    if machine.identity is not None:
-        for name, text in machine.identity.credentials().items():
-            encoded = base64.b64encode(text.encode()).decode()
-            command += ["-smbios", f"type=11,value=io.systemd.credential.binary:{name}={encoded}"]
+    if machine.identity is None:
+        return command
+    folder = machine.folder / "credentials"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for name, text in machine.identity.credentials().items():
+        encoded = base64.b64encode(text.encode()).decode()
+        path = folder / name
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(f"io.systemd.credential.binary:{name}={encoded}")  # a line's end would be part of it
+        command += ["-smbios", f"type=11,path={str(path).replace(',', ',,')}"]
     return command
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -154,6 +155,22 @@ def test_the_command_line_is_read_out_of_the_unified_kernel_image(tmp_path: Path
 def test_the_command_that_repeats_a_boot_can_be_pasted_into_a_shell() -> None:
     assert qemu.quoted("a=b,c") == "a=b,c"
     assert qemu.quoted("it's") == "'it'\\''s'"
+
+
+def test_a_host_key_stands_in_no_list_of_processes(machine: boot.Machine) -> None:
+    machine.identity = make_identity("gw1", "ssh-ed25519 AAAA me", management=boot.MANAGEMENT_MAC)
+    credentials = machine.identity.credentials()
+    command = qemu.credentials(machine)
+    assert not any(
+        base64.b64encode(text.encode()).decode() in " ".join(command) for text in credentials.values()
+    )
+    paths = [Path(word.removeprefix("type=11,path=")) for word in command if word != "-smbios"]
+    found = {}
+    for path in paths:
+        name, _, encoded = path.read_text().removeprefix("io.systemd.credential.binary:").partition("=")
+        found[name] = base64.b64decode(encoded, validate=True).decode()
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert found == credentials
 
 
 def test_an_identity_names_the_host_key_before_the_gateway_exists() -> None:
