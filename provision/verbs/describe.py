@@ -153,10 +153,13 @@ def import_(
             ) from error
         if "\0" in texts[-1][1]:
             raise Exit(INVALID, f"{file} is not a text file; name keepalived.conf, rc.local or ipvsadm -S")
+    known = _known(management, host_key, interface)
     try:
-        imported = import_files(texts, _known(management, host_key, interface))
+        imported = import_files(texts, known)
     except NotDsnat as error:
         raise Exit(INVALID, str(error)) from error
+    for name in sorted(known.keys() - set(imported.gateways)):
+        raise Exit(INVALID, f"the options speak of {name}; the files describe {', '.join(imported.gateways)}")
     if as_json:
         emit({"fleet": imported.text, "remarks": imported.remarks})
         return

@@ -147,6 +147,12 @@ def test_what_a_verb_cannot_read_or_write_is_one_sentence(
     assert "Errno" not in text
 
 
+def test_an_option_of_import_for_a_gateway_that_there_is_not_is_an_error() -> None:
+    example = str(ROOT / "tests/provision/dsnat/keepalived.conf")
+    text = run("import", example, "--management", "gw9=192.0.2.9", status=2)
+    assert text == "dsnat-fleet: the options speak of gw9; the files describe gw1\n"
+
+
 def test_drift_says_nothing_of_gateways_that_were_not_reached(file: Path) -> None:
     assert "no drift" not in run("--file", str(file), "drift", status=3)
 
