@@ -60,8 +60,9 @@ static void count_back(struct thread *t)
 
 void thread_attend(struct thread *t, uint64_t generation, uint64_t now_ns)
 {
-	const struct plan *plan = atomic_load_explicit(&t->next_plan, memory_order_acquire);
+	/* In this order: a job was given after the plan that its giver goes by, and must not run under the one before. */
 	struct thread_job *job = atomic_exchange(&t->job, NULL);
+	const struct plan *plan = atomic_load_explicit(&t->next_plan, memory_order_acquire);
 
 	if (plan != t->plan) {
 		nat_engine_set_policy(t->engine, plan->policy);
