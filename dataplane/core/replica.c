@@ -384,6 +384,11 @@ static uint16_t zone_of_key(struct nat_engine *e, const struct nat_replica *repl
 
 	if (name->key == replica->zone && name->id < e->table->n_zone_ids && name->key != KEY_OF_NOTHING)
 		return name->id;
+	/* Nearly always the one that it would be here. */
+	const uint32_t zone = nat_policy_zone(e->policy, NAT_NTOH32(replica->inside.local_be),
+					      NAT_NTOH32(replica->inside.remote_be));
+	if (zone != NAT_NO_ZONE && key_of_zone(e->table, e->policy->zone[zone].id) == replica->zone)
+		return e->policy->zone[zone].id;
 	for (uint32_t id = 0; id < e->table->n_zone_ids; id++)
 		if (key_of_zone(e->table, (uint16_t)id) == replica->zone) {
 			*name = (struct nat_replica_name){replica->zone, (uint16_t)id};

@@ -1,5 +1,6 @@
 /* What one engine tells, another one has, whatever is lost on the way; and it goes on with it. */
 #include <assert.h>
+#include <time.h>
 
 #include "replica.h"
 #include "testbed.h"
@@ -373,9 +374,54 @@ static void test_a_session_last_used_in_the_future_ends_like_any_other(void)
 	testbed_stop(&t, false);
 }
 
+static void with_zones(struct testbed *t, const struct nat_zone_config *zone, uint32_t n, uint64_t now_ns)
+{
+	testbed_config(t, 8, 1024, 65535, MAX);
+	t->config.zones = zone;
+	t->config.n_zones = n;
+	t->params.replicate = true;
+	testbed_start(t, now_ns);
+}
+
+/* Two seconds of a processor, with sanitizers, are ten times what it takes; looking through all zones for each session takes
+ * minutes. */
+static void test_sessions_of_65535_zones_are_taken_at_the_pace_of_one(void)
+{
+	enum { N = 65535 };
+	static struct nat_zone_config zone[N];
+	static struct link ab;
+	struct testbed a = {0}, b = {0};
+	uint8_t bytes[28];
+	const uint64_t now_ns = 10 * SECOND_NS;
+
+	for (uint32_t z = 0; z < N; z++)
+		zone[z] = (struct nat_zone_config){.source = {ADDRESS(100, 64, 0, 0) + z, 32},
+						   .action = NAT_ACTION_POOL};
+	with_zones(&a, zone, N, now_ns);
+	with_zones(&b, zone, N, now_ns);
+	link_clear(&ab);
+	for (uint32_t i = 0; i < 4000; i++) {
+		const uint32_t host = ADDRESS(100, 64, 0, 0) + i * 16;
+		assert(testbed_udp(&a, bytes, 0, host, 4000, remote_of(0), 443, now_ns).verdict ==
+		       NAT_FORWARD);
+	}
+	nat_engine_tick(a.e, now_ns + 60 * SECOND_NS);
+	nat_engine_tick(b.e, now_ns + 60 * SECOND_NS);
+	const clock_t begun = clock();
+	pump(&a, &b, &ab, 0, NULL);
+	assert((double)(clock() - begun) / CLOCKS_PER_SEC < 2);
+	assert(nat_engine_counters(b.e)->sessions == 4000);
+	for (uint32_t i = 0; i < MAX; i++)
+		if (ab.shadow[i] != NAT_NO_SESSION)
+			assert(b.e->record[ab.shadow[i]].zone_id == a.e->record[i].zone_id);
+	testbed_stop(&a, false);
+	testbed_stop(&b, false);
+}
+
 int main(void)
 {
 	test_a_session_last_used_in_the_future_ends_like_any_other();
+	test_sessions_of_65535_zones_are_taken_at_the_pace_of_one();
 	for (uint32_t loss = 0; loss < 8; loss += 3) {
 		test_failover(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 0, loss);
 		test_failover(NAT_ENDPOINT_INDEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 0, loss);
