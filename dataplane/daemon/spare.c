@@ -215,6 +215,9 @@ static enum status prepare(struct daemon *d)
 		daemon_say(why);
 		return INVALID;
 	}
+	d->table =
+		d->sessions
+			.base; /* the running process has made it: how large it is says how large engines are */
 	if (eal_start(config, &options, why, sizeof why) ||
 	    ports_prepare(&d->ports, config, d->n_workers, why, sizeof why))
 		return daemon_fail(NO_DEVICE, why);

@@ -123,7 +123,13 @@ def going_on(gateway: Gateway, after: int) -> int:
 def test_a_prepared_process_goes_on_with_every_connection_and_prepares_the_next_one(
     lab: Lab, program: Callable[[str], Path], table: Path
 ) -> None:
-    text = config(sessions=SESSIONS).replace("engine: {", "engine: {spare: on, ")
+    key = lab.directory / "key"
+    key.write_text("5a" * 32 + "\n")
+    key.chmod(0o600)
+    # with all that has sockets or memory of its own
+    more = f'port_control: on\nsync: {{peer: 127.0.0.2, listen: "127.0.0.1:3784", key: "file:{key}"}}\n'
+    text = config(sessions=SESSIONS, rest=POOLS_AND_ZONES + more)
+    text = text.replace("engine: {", "engine: {spare: on, ")
     gateway = new_gateway(lab, program("dsnatd"), text, start=False)
     start(gateway, table)
     gateway.address()
