@@ -392,7 +392,7 @@ static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, cons
 		     const struct nat_plan *plan, uint32_t n_planned)
 {
 	uint64_t asked = 0; /* a bit per packet from inside that was here already, by its hash */
-	const uint32_t done_s = e->wheel.done_s;
+	const uint32_t overdue_left = e->overdue_left;
 	uint32_t planned = 0;
 
 	for (uint32_t i = 0; i < n; i++) {
@@ -431,7 +431,7 @@ static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, cons
 			nat_answer(e, &pkt[i]);
 		}
 	}
-	if (NAT_UNLIKELY(e->wheel.done_s != done_s))
+	if (NAT_UNLIKELY(e->overdue_left != overdue_left))
 		look_again(e, pkt, n);
 }
 

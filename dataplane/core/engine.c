@@ -99,6 +99,7 @@ void nat_engine_set_time(struct nat_engine *e, uint64_t now_ns)
 
 	if (now_ns > e->now_ns)
 		e->now_ns = now_ns;
+	e->overdue_left = NAT_OVERDUE_MAX;
 	e->now_s = (uint32_t)(e->now_ns / UINT64_C(1000000000));
 	if (NAT_UNLIKELY(e->now_s != before_s || e->tidying.left != 0) && e->workers)
 		nat_marks_tidy(e->workers, e->worker, &e->tidying);

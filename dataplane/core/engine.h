@@ -34,6 +34,7 @@ enum {
  */
 #define NAT_WHEEL_SLOTS  1024u
 #define NAT_WHEEL_CHAINS 16u
+#define NAT_OVERDUE_MAX  8192u /* see nat_engine.overdue_left: half a millisecond */
 struct nat_wheel {
 	uint32_t head[NAT_WHEEL_SLOTS][NAT_WHEEL_CHAINS];
 	uint32_t done_s; /* every slot up to this second has been emptied */
@@ -168,6 +169,7 @@ struct nat_engine {
 	uint32_t worker, n_workers;
 	struct nat_tidying tidying; /* of the marks */
 	uint32_t timeout_s[NAT_TIMER_COUNT];
+	uint32_t overdue_left; /* records that the wheel may still look at in this burst for want of a port */
 	struct nat_index index;
 	uint32_t *free_record; /* the last one is taken first: it is the one still in the cache */
 	uint32_t n_free, free_room;

@@ -107,11 +107,38 @@ static void test_a_packet_over_a_mapping_that_ends_in_its_burst_goes_to_no_other
 	testbed_stop(&t, false);
 }
 
+/* Ports towards one remote are all in use, and very many other sessions are over: no burst waits for the end of all of them. */
+static void test_a_backlog_that_is_over_holds_no_burst_up(void)
+{
+	enum { PORTS = 64, BACKLOG = 20000 };
+	struct testbed t;
+	uint8_t bytes[28];
+	uint64_t now_ns = SECOND_NS, expired = 0;
+
+	testbed_config(&t, 1, 2000, 2000 + PORTS - 1, BACKLOG + RECORDS);
+	testbed_start(&t, now_ns);
+	for (uint32_t i = 0; i < BACKLOG; i++)
+		testbed_udp(&t, bytes, 0, host_of(i), 2000, ADDRESS(198, 18, 0, 0) + i, 443, now_ns);
+	now_ns += 60 * SECOND_NS;
+	for (uint32_t i = 0; i < PORTS; i++)
+		assert(talk(&t, host_of(i), 2000, now_ns).verdict == NAT_FORWARD);
+	now_ns += 61 * SECOND_NS;
+	while (t.e->counters.sessions > PORTS) {
+		assert(talk(&t, host_of(PORTS), 2000, now_ns).reason == NAT_REASON_NO_PORT);
+		const uint64_t ended = t.e->counters.sessions_expired - expired;
+		assert(ended > 0 && ended <= NAT_OVERDUE_MAX + 64);
+		expired += ended;
+	}
+	assert(expired == BACKLOG);
+	testbed_stop(&t, false);
+}
+
 int main(void)
 {
 	test_a_refused_session_leaves_its_block_to_others(NAT_ENDPOINT_DEPENDENT);
 	test_a_refused_session_leaves_its_block_to_others(NAT_ENDPOINT_INDEPENDENT);
 	test_a_table_full_of_sessions_that_are_over_is_not_full();
+	test_a_backlog_that_is_over_holds_no_burst_up();
 	for (uint32_t victim = 0; victim < 64; victim++)
 		test_a_packet_over_a_mapping_that_ends_in_its_burst_goes_to_no_other_host(victim);
 	return 0;

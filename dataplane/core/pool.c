@@ -468,6 +468,19 @@ static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, struct spa
 	return 0;
 }
 
+/* Sessions whose time is up may still hold ports: ends them, which tells the set. All that are due, and not only until there is a
+ * port, so that what follows does not depend on how far the wheel was. False: none is, or this burst has ended its share. */
+static bool end_overdue(struct nat_engine *e)
+{
+	const uint32_t budget = e->overdue_left;
+
+	if (e->wheel.done_s == e->now_s || budget == 0 || e->trial == NAT_TRIAL_CANDIDATE)
+		return false;
+	e->overdue_left = 0;
+	nat_wheel_turn(e, budget);
+	return true;
+}
+
 uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
 		       bool alike, uint16_t like_be, bool *tracked)
 {
@@ -490,10 +503,7 @@ uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t
 	}
 	*tracked = true;
 	uint16_t port_be = take_from_set(e, set, outside, all, alike, like_be);
-	if (port_be == 0 && e->wheel.done_s != e->now_s && e->trial != NAT_TRIAL_CANDIDATE) {
-		/* Never refuse while a port is free: sessions whose time is up may still hold some. Ending
-		 * them tells the set. */
-		nat_wheel_turn(e, UINT32_MAX);
+	if (port_be == 0 && end_overdue(e)) {     /* never refuse while a port is free */
 		if (e->trial != NAT_TRIAL_NONE) { /* the packet itself will find them ended */
 			e->random = random;
 			nat_portsets_begin_trial(e);
