@@ -1,7 +1,7 @@
 """The booted image on NICs with several queues, whose RSS the engine follows (--scenarios).
 
 virtio with RSS, on TAP devices of as many queues: QEMU hashes with the key and the table that the engine
-wrote. What is handed over, and why, is in the engine's own counters.
+wrote. What is handed over, and why, is in the engine's own counters; each cause has its own traffic here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from tests.lab import wait_until
 
 pytestmark = [pytest.mark.image, pytest.mark.scenario]
 
-SERVER, CLIENT = "198.51.100.10", "100.64.0.10"
+SERVER, CLIENT, KEPT, BORROWER = "198.51.100.10", "100.64.0.10", "100.64.0.11", "100.64.0.12"
 QUEUES, FLOWS, HAIRPIN_PORT = 4, 60, 7000
 TEXT = f"""\
 {CONFIG.partition("pools:")[0]}pools:
   - {{name: spread, addresses: [203.0.113.1-203.0.113.4]}}
+  - {{name: kept, addresses: [203.0.113.8], select: paired}}
+  - {{name: small, addresses: [203.0.113.9], ports: 5000-5059}}
 zones:
+  - {{source: {KEPT}/32, pool: kept}}
+  - {{source: {BORROWER}/32, pool: small}}
   - {{source: 100.64.0.0/16, pool: spread}}
 static:
   - {{inside: {CLIENT}, outside: 203.0.113.4, protocol: udp, port: {HAIRPIN_PORT}}}
@@ -91,13 +95,17 @@ def test_behind_rss_only_what_has_a_cause_is_handed_over(built: Path, tmp_path: 
 def follows_rss(gateway: Gateway) -> None:
     configure(gateway, text(3))
     translates(gateway.client)
+    for address in (KEPT, BORROWER):
+        gateway.client.ip(f"address add {address}/24 dev eth0")
+        # the gateway knows its MAC from now on: of many answers at once, 16 wait for a neighbour
+        ping(gateway, "-c", "3", "-I", address)
     assert "packets are handed over between workers" not in gateway("journalctl -u dsnatd -b -o cat")
     seen: dict[str, dict[str, int]] = {}
     with echo(gateway.server, SERVER), ExitStack() as undo:
         made: list[socket.socket] = []
 
-        def open_flows(kind: int) -> None:
-            some = flows(gateway.client, SERVER, kind, FLOWS, timeout_s=120)
+        def open_flows(kind: int, source: str = CLIENT) -> None:
+            some = flows(gateway.client, SERVER, kind, FLOWS, source=source, timeout_s=120)
             made.extend(undo.enter_context(one) for one in some)
             for word in range(5):
                 talk(some, f"again {word}")
@@ -118,10 +126,25 @@ def follows_rss(gateway: Gateway) -> None:
         assert len(own) == 2 * FLOWS
         assert all(packets > FLOWS for packets in of_queue)
 
-        # RSS does not look at what these have: listed, with their causes
-        added(gateway, "echo", lambda: ping(gateway, "-c", "20"))
-        added(gateway, "fragments", lambda: talk(made[:20], "x" * 3000))
-        added(gateway, "hairpin", lambda: hairpin(gateway))
+        seen["echo"] = added(gateway, "echo", lambda: ping(gateway, "-c", "20"))
+        seen["fragments"] = added(gateway, "fragments", lambda: talk(made[:20], "x" * 3000))
+        seen["hairpin"] = added(gateway, "hairpin", lambda: hairpin(gateway))
+        seen["kept pool"] = added(gateway, "kept pool", lambda: open_flows(socket.SOCK_DGRAM, KEPT))
+        seen["borrowed"] = added(gateway, "borrowed", lambda: open_flows(socket.SOCK_DGRAM, BORROWER))
+        # With another number of workers: sessions of the last run do not go straight, those of this one do.
+        gateway(f"cat > /etc/dsnat/dsnatd.yaml <<'X'\n{text(2)}X\nsystemctl restart dsnatd", timeout_s=600)
+        translates(gateway.client)
+        seen["after a restart with 2 workers"] = added(
+            gateway, "after a restart with 2 workers", lambda: talk(made[: 2 * FLOWS], "still")
+        )
+        seen["new ones there"] = added(gateway, "new ones there", lambda: open_flows(socket.SOCK_STREAM))
+    assert set(seen["echo"]) <= {"icmp"}
+    assert set(seen["fragments"]) == {"fragment"}
+    assert set(seen["hairpin"]) <= {"hairpin", "kept"}
+    assert set(seen["kept pool"]) == {"kept"}
+    assert set(seen["borrowed"]) == {"borrowed"}
+    assert set(seen["after a restart with 2 workers"]) == {"away"}
+    assert seen["new ones there"] == {}
 
 
 def ping(gateway: Gateway, *options: str) -> None:
