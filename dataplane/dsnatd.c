@@ -7,12 +7,12 @@
  *                                                  io/nfqueue/queue.c:             the kernel
  *                                                  one engine each
  *
- * Without an interface on the DPDK path neither EAL nor hugepages are touched. With interfaces on both, worker 0
- * serves the netfilter queue besides its ports.
+ * Without an interface on the DPDK path neither EAL nor hugepages are touched. With interfaces on both,
+ * worker 0 serves the netfilter queue besides its ports.
  *
- * The control thread hands things to workers by swapping a pointer and raising `generation`; what was swapped
- * out goes on the list of `retired` objects and is freed when every worker has reached that generation
- * (io/thread.h).
+ * The control thread hands things to workers by swapping a pointer and raising `generation`; what was
+ * swapped out goes on the list of `retired` objects and is freed when every worker has reached that
+ * generation (io/thread.h).
  *
  *     dsnatd.c          command line
  *     daemon/life.c     start and stop
@@ -22,9 +22,9 @@
  *     daemon/vrrp.c     what VRRP is told, and what of it is believed
  *     daemon/answer.c   requests of the control socket
  *
- * Exit status (also in --help): 0 stopped on request; 1 failed while running or at start; 2 the configuration
- * or the command line is wrong; 3 a device cannot be used; 4 not enough memory; 5 another dsnatd has our
- * socket or sessions.
+ * Exit status (also in --help): 0 stopped on request; 1 failed while running or at start; 2 the
+ * configuration or the command line is wrong; 3 a device cannot be used; 4 not enough memory; 5 another
+ * dsnatd has our socket or sessions.
  */
 #include <getopt.h>
 #include <rte_version.h>

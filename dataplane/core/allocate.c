@@ -337,8 +337,8 @@ static void find_mapping_of_error(struct nat_engine *e, struct nat_pkt *pkt)
 		nat_route(e, pkt, 1);
 }
 
-/* The wheel was turned for want of a port after packets had been found to pass over mappings: those may have ended with their last
- * session, and their records may be another's by now. */
+/* The wheel was turned for want of a port after packets had been found to pass over mappings: those may
+ * have ended with their last session, and their records may be another's by now. */
 static void look_again(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
 	enum nat_reason why;
@@ -373,8 +373,8 @@ static void book_latency(struct nat_latency *latency, uint64_t spent_ns, uint32_
 	latency->sum_ns += spent_ns;
 }
 
-/* RFC 3927 section 7: no router forwards what belongs to one link. Asked here, where the known flows are through and
- * what is for the gateway itself has gone to the kernel. */
+/* RFC 3927 section 7: no router forwards what belongs to one link. Asked here, where the known flows are
+ * through and what is for the gateway itself has gone to the kernel. */
 static bool stays_on_its_link(struct nat_pkt *pkt)
 {
 	const bool inbound = nat_is_inbound(pkt);
@@ -405,8 +405,8 @@ static void allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n, cons
 			find_mapping_of_error(e, &pkt[i]);
 			continue;
 		}
-		/* An earlier packet of the same burst may have made it. Before that it was not there, as session.c
-		 * has just seen. */
+		/* An earlier packet of the same burst may have made it. Before that it was not there, as
+		 * session.c has just seen. */
 		const uint64_t bit = UINT64_C(1) << (pkt[i].hash >> 16) % 64;
 		if (NAT_LIKELY(of_it != NULL) &&
 		    NAT_LIKELY(nat_begin(e, &pkt[i], of_it, (asked & bit) != 0))) {
@@ -442,8 +442,8 @@ static bool is_short_of_records(const struct nat_engine *e, uint32_t wanted)
 		atomic_load_explicit(&e->table->chunks_leased, memory_order_relaxed) >= e->table->n_chunks);
 }
 
-/* Never refuse for the sake of sessions whose time is up: they end until there are enough records. Before the first of the burst
- * is looked at, so that no mapping that one has been found to pass over ends here. */
+/* Never refuse for the sake of sessions whose time is up: they end until there are enough records. Before
+ * the first of the burst is looked at, so that no mapping that one has been found to pass over ends here. */
 static void make_room(struct nat_engine *e, uint32_t n_new)
 {
 	enum { AT_ONCE = 128 };

@@ -1,12 +1,14 @@
 /* Mappings that hosts ask for (PCP, NAT-PMP; the protocols themselves are ctl/pcp.c).
  *
- * Such a mapping is one like any other of an endpoint-independent pool, but that its host's wish counts as a reference until its time
- * is over (NAT_RECORD_ASKED), and that it may let anybody in whatever the pool filters (NAT_MAPPING_OPEN). Until then only requests
- * with the nonce that it was made with change it (RFC 6887 section 11.3): who forges the host's address does not know it.
+ * Such a mapping is one like any other of an endpoint-independent pool, but that its host's wish counts as
+ * a reference until its time is over (NAT_RECORD_ASKED), and that it may let anybody in whatever the pool
+ * filters (NAT_MAPPING_OPEN). Until then only requests with the nonce that it was made with change it (RFC
+ * 6887 section 11.3): who forges the host's address does not know it.
  */
 #include "engine.h"
 
-/* Where does the host go that has named no destination? Zones with one do not count, so ask for an address in none. */
+/* Where does the host go that has named no destination? Zones with one do not count, so ask for an address
+ * in none. */
 static const struct nat_zone *zone_of_host(const struct nat_engine *e, uint32_t host_be, uint32_t *number)
 {
 	*number = nat_policy_zone(e->policy, NAT_NTOH32(host_be), 0);

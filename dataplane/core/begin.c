@@ -1,12 +1,14 @@
 /* New sessions of a burst, told beforehand and made by a short way.
  *
- * A session waits for four lines of memory: its host, both buckets, its record. Which ones can be told before the first is made: cursors
- * step by one, random numbers are those of a counter, free records lie in a list. So every packet gets a *plan*, and what it names is sent
- * for; when the last one is planned the first one's lines have come.
+ * A session waits for four lines of memory: its host, both buckets, its record. Which ones can be told
+ * before the first is made: cursors step by one, random numbers are those of a counter, free records lie
+ * in a list. So every packet gets a *plan*, and what it names is sent for; when the last one is planned
+ * the first one's lines have come.
  *
- * Most plans are *plain*: whole TCP or UDP, and an endpoint-dependent pool that takes its addresses in turn. If nothing has come in between
- * (a packet was refused, a port was taken: then the next number is another one) the session is made of its plan, without asking anything twice. All
- * others go through allocate.c, which decides the same for any packet; known_test.c compares the two ways.
+ * Most plans are *plain*: whole TCP or UDP, and an endpoint-dependent pool that takes its addresses in
+ * turn. If nothing has come in between (a packet was refused, a port was taken: then the next number is
+ * another one) the session is made of its plan, without asking anything twice. All others go through
+ * allocate.c, which decides the same for any packet; known_test.c compares the two ways.
  */
 #include "engine.h"
 
@@ -22,7 +24,8 @@ static uint64_t fetch_bucket(const struct nat_engine *e, const struct nat_tuple 
 	return hash;
 }
 
-/* An entry that finds its first bucket full goes to the other one, and one that may be there is looked for there. */
+/* An entry that finds its first bucket full goes to the other one, and one that may be there is looked for
+ * there. */
 static void fetch_other_bucket(const struct nat_engine *e, uint64_t hash)
 {
 	const struct nat_bucket *bucket = nat_index_bucket(&e->index, hash);
@@ -58,7 +61,8 @@ static bool is_packet_plain(const struct nat_pkt *pkt)
 
 /* ---- plans ---- */
 
-/* Address, port and hash of the outside tuple, which is sent for; where that is wrong, a line was fetched for nothing. */
+/* Address, port and hash of the outside tuple, which is sent for; where that is wrong, a line was fetched
+ * for nothing. */
 static void plan_outside(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_pool *pool,
 			 uint32_t ahead, struct nat_plan *plan)
 {

@@ -1,16 +1,18 @@
 /* A look at packets before and after translation (dsnatctl capture).
  *
- * The engine copies what a burst looks like before it is translated, and puts those packets that are wanted into a ring with one
- * writer (the worker) and one reader (the control thread) that never wait for each other: what does not fit is lost and counted.
- * Ring and copies lie in memory of the shell's that is there only while somebody captures; without it a burst costs one branch.
+ * The engine copies what a burst looks like before it is translated, and puts those packets that are
+ * wanted into a ring with one writer (the worker) and one reader (the control thread) that never wait for
+ * each other: what does not fit is lost and counted. Ring and copies lie in memory of the shell's that is
+ * there only while somebody captures; without it a burst costs one branch.
  *
- * Which packets: the reasons that were asked for, then `wants` (the shell's filter) on the packet as it came and as it left, then one
- * in `sample`. Seen here is everything that the core decides: packets, what the engine makes itself, held fragments when they are let
- * go. What a shell loses afterwards (a full transmit queue) is counted by reason, but no longer seen here. A packet that is handed
- * over is shown by its owner.
+ * Which packets: the reasons that were asked for, then `wants` (the shell's filter) on the packet as it
+ * came and as it left, then one in `sample`. Seen here is everything that the core decides: packets, what
+ * the engine makes itself, held fragments when they are let go. What a shell loses afterwards (a full
+ * transmit queue) is counted by reason, but no longer seen here. A packet that is handed over is shown by
+ * its owner.
  *
- * A reader that is gone must not cost the worker for ever: `beats` counts its visits, and when it has not come for
- * NAT_CAPTURE_PATIENCE_S the worker lets go of the capture.
+ * A reader that is gone must not cost the worker for ever: `beats` counts its visits, and when it has not
+ * come for NAT_CAPTURE_PATIENCE_S the worker lets go of the capture.
  */
 #include <string.h>
 

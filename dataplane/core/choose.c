@@ -1,8 +1,9 @@
 /* Which public address, and with pool.c and block.c which port of it.
  *
- * Round robin takes the next address of the zone's pool (one step per new session, as dsnat did), paired the one that the host has
- * already (RFC 4787 REQ-2), or else one by its hash, deterministic the one that arithmetic says (RFC 7422). If that has no free port
- * towards this remote the next one is tried, and so on round the pool: NAT_REASON_NO_PORT means that no address had one.
+ * Round robin takes the next address of the zone's pool (one step per new session, as dsnat did), paired
+ * the one that the host has already (RFC 4787 REQ-2), or else one by its hash, deterministic the one that
+ * arithmetic says (RFC 7422). If that has no free port towards this remote the next one is tried, and so
+ * on round the pool: NAT_REASON_NO_PORT means that no address had one.
  */
 #include "engine.h"
 

@@ -48,7 +48,8 @@ static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
 		nat_pass(pkt, NAT_REASON_LOCAL);
 		return;
 	}
-	/* RFC 5508 REQ-5: the mapping of the quoted packet decides, whatever address the router has that complains. */
+	/* RFC 5508 REQ-5: the mapping of the quoted packet decides, whatever address the router has that
+	 * complains. */
 	const uint32_t host_be =
 		pkt->stage_flags & NAT_STAGE_ICMP_ERROR ? nat_icmp_quoted_host(pkt) : pkt->tuple.local_be;
 	pkt->zone = nat_policy_zone(policy, NAT_NTOH32(host_be), NAT_NTOH32(pkt->tuple.remote_be));
@@ -138,8 +139,8 @@ static void classify_outside(struct nat_engine *e, struct nat_pkt *pkt)
 
 /* ---- the usual packet: plain TCP or UDP that a pool translates ----
  *
- * The same questions as above, all of which must have their usual answer; else those above are asked, who know what
- * follows from the others. */
+ * The same questions as above, all of which must have their usual answer; else those above are asked, who
+ * know what follows from the others. */
 
 static bool is_plain(const struct nat_pkt *pkt)
 {

@@ -27,8 +27,8 @@ static inline nat_sum nat_sum_replace32(nat_sum sum, uint32_t old, uint32_t new)
 	return sum + (uint32_t)~old + new;
 }
 
-/* Adding a word to itself with its halves swapped leaves the sum of the halves, end-around carry included, in the
- * upper half. */
+/* Adding a word to itself with its halves swapped leaves the sum of the halves, end-around carry included,
+ * in the upper half. */
 static inline uint16_t nat_sum_fold(nat_sum sum)
 {
 	const uint32_t half = (uint32_t)((sum + (sum << 32 | sum >> 32)) >> 32);

@@ -3,8 +3,8 @@
  *
  *   parse -> classify -> known -> look up -> route -> allocate -> rewrite -> count
  *
- * Most packets leave that line at `known`, which does for a plain packet of a session that is there what the stages
- * behind it do for all.
+ * Most packets leave that line at `known`, which does for a plain packet of a session that is there what
+ * the stages behind it do for all.
  *
  * A packet from inside to a pool address (hairpin, RFC 4787 REQ-9) comes out of that path with the source
  * that the outside would see, and goes through it once more as if from outside.
@@ -192,9 +192,9 @@ bool nat_engine_next(struct nat_engine *e, struct nat_pkt *out)
 
 /* ---- memory ---- */
 
-/* Per session that the configuration allows: its record, its place among the free ones, two index entries, a
- * share of a port set. Besides, half a line for each inside host, of which room is for one in four sessions and
- * a million at most; what does not grow comes to about 2 MB. */
+/* Per session that the configuration allows: its record, its place among the free ones, two index entries,
+ * a share of a port set. Besides, half a line for each inside host, of which room is for one in four
+ * sessions and a million at most; what does not grow comes to about 2 MB. */
 _Static_assert((sizeof(struct nat_session) + sizeof(uint32_t)) * 1000 +
 			       sizeof(struct nat_bucket) * 2 * 1000 * 20 / (NAT_WAYS * 13) +
 			       sizeof(struct nat_portset) * 1000 / 16384 <=

@@ -255,11 +255,11 @@ static inline bool nat_is_from_inside(const struct nat_engine *e, const struct n
 	return e->policy->role[pkt->iface] == NAT_ROLE_INSIDE && !(pkt->stage_flags & NAT_STAGE_SECOND);
 }
 
-/* The tuple as the outside side of a session sees it. An ICMP query has one identifier, which is the local port
- * on both ways.
+/* The tuple as the outside side of a session sees it. An ICMP query has one identifier, which is the local
+ * port on both ways.
  *
- * Two words are written, because the hash reads two words at once: a load that spans several fresh stores waits
- * until they have left the store buffer (measured: 25 cycles per packet). */
+ * Two words are written, because the hash reads two words at once: a load that spans several fresh stores
+ * waits until they have left the store buffer (measured: 25 cycles per packet). */
 static inline void nat_tuple_turn(struct nat_tuple *tuple)
 {
 	static const struct nat_tuple outside = {.side = 1};
@@ -289,7 +289,8 @@ struct nat_plan {
 /* Makes the plans of those packets of a burst that will begin a session, and sends for what they will touch. */
 void nat_begin_plan(struct nat_engine *e, struct nat_pkt *pkt, const uint32_t *at, uint32_t n_new,
 		    struct nat_plan *plan);
-/* Makes a session by its plan. `again`: one with this tuple may have been made since. False: it is for the general way. */
+/* Makes a session by its plan. `again`: one with this tuple may have been made since. False: it is for the
+ * general way. */
 bool nat_begin(struct nat_engine *e, struct nat_pkt *pkt, const struct nat_plan *plan, bool again);
 
 /* ---- stages, in the order of the path ---- */
@@ -304,7 +305,8 @@ void nat_route(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_allocate(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 void nat_rewrite(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 
-/* All of them behind the first, for those that go through them one after the other; known.c comes in between. */
+/* All of them behind the first, for those that go through them one after the other; known.c comes in
+ * between. */
 #define NAT_STAGES_TO_KNOWN(STAGE)                                                                           \
 	STAGE(nat_route_as_sent, SENT)                                                                       \
 	STAGE(nat_classify, CLASSIFY)
@@ -318,9 +320,9 @@ void nat_rewrite(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 /* Only the addresses and the TTL: for packets whose ports are elsewhere (rewrite.c). */
 void nat_rewrite_addresses(struct nat_pkt *pkt, uint32_t source_be, uint32_t destination_be);
 
-/* Memory answers in its own time, and only so many questions at once: it is asked early, evenly, and the answers
- * are read late. While packets are parsed their buckets are sent for, while they are classified the records that
- * their tags point to, and session.c finds all in the cache. */
+/* Memory answers in its own time, and only so many questions at once: it is asked early, evenly, and the
+ * answers are read late. While packets are parsed their buckets are sent for, while they are classified
+ * the records that their tags point to, and session.c finds all in the cache. */
 static inline bool nat_has_own_tuple(const struct nat_pkt *pkt)
 {
 	return !pkt->settled && !(pkt->stage_flags & (NAT_STAGE_LATER | NAT_STAGE_ICMP_ERROR));
@@ -370,7 +372,8 @@ uint32_t nat_place(const struct nat_engine *e, const struct nat_tuple *tuple);
 /* Takes up what the worker that handed the packet over has begun; right behind nat_parse(). */
 void nat_errands_begin(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 
-/* Packets without a session here: hands over those that belong elsewhere, and leaves the others to nat_allocate(). */
+/* Packets without a session here: hands over those that belong elsewhere, and leaves the others to
+ * nat_allocate(). */
 void nat_handover(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n);
 
 /* Hands over a later fragment whose datagram is brought together elsewhere. */
@@ -395,7 +398,8 @@ bool nat_ask_others(struct nat_engine *e, struct nat_pkt *pkt, enum nat_reason r
 /* The session that another worker has asked for is made, or cannot be for a reason that is nobody's lack. */
 void nat_answer(struct nat_engine *e, struct nat_pkt *pkt);
 
-/* Counts a session that lives away from the place of one of its tuples, from its beginning (or adoption) to its end. */
+/* Counts a session that lives away from the place of one of its tuples, from its beginning (or adoption)
+ * to its end. */
 enum nat_away { NAT_AWAY_BORROWED, NAT_AWAY_ADOPTED, NAT_AWAY_ENDS };
 void nat_away_count(struct nat_engine *e, const struct nat_session *s, enum nat_away away);
 /* The same of all of them, when nat_place() begins to say something else. */
@@ -427,7 +431,8 @@ uint32_t nat_session_find(struct nat_engine *e, const struct nat_tuple *tuple, u
 
 /* Fills a new record, puts it under both tuples and on the wheel. NAT_NO_RECORD: table or index is full. */
 uint32_t nat_session_create(struct nat_engine *e, const struct nat_session *want);
-/* The same of a session that was planned. Needs none of what only the general way knows: mappings, blocks, permits. */
+/* The same of a session that was planned. Needs none of what only the general way knows: mappings, blocks,
+ * permits. */
 uint32_t nat_session_begin(struct nat_engine *e, const struct nat_pkt *pkt, const struct nat_plan *plan);
 /* Prefetches the records that the next n sessions will get. */
 void nat_session_fetch_free(const struct nat_engine *e, uint32_t n);
@@ -442,7 +447,8 @@ bool nat_session_permits(struct nat_engine *e, const struct nat_session *mapping
 /* A mapping on hold is in use again; others stay as they are. */
 void nat_session_resume(struct nat_engine *e, uint32_t mapping, enum nat_timer timer);
 
-/* The time that the host asked for is over, or it needs the mapping no longer: from now on only sessions keep it. */
+/* The time that the host asked for is over, or it needs the mapping no longer: from now on only sessions
+ * keep it. */
 void nat_session_lapse(struct nat_engine *e, uint32_t mapping);
 
 /* A session has left its mapping. The last one ends it, or puts it on hold. */

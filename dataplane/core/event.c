@@ -1,13 +1,13 @@
 /* What happened, as records; readers outside turn them into lines and messages.
  *
- * Two ways out. The engine's own list holds what an operator must hear of: damped, few, taken by the control
- * thread on the worker's thread. A log ring holds the life of every session or mapping of the pools that are
- * logged: hundreds of thousands a second, taken by a thread of its own, so it is a ring with one writer and one
- * reader that never wait for each other. It lies in memory of the shell's and is there only while something is
- * logged.
+ * Two ways out. The engine's own list holds what an operator must hear of: damped, few, taken by the
+ * control thread on the worker's thread. A log ring holds the life of every session or mapping of the
+ * pools that are logged: hundreds of thousands a second, taken by a thread of its own, so it is a ring
+ * with one writer and one reader that never wait for each other. It lies in memory of the shell's and is
+ * there only while something is logged.
  *
- * A record remembers that its beginning was told (NAT_RECORD_LOGGED), so its end is told too, whatever a reload
- * has done to its pool meanwhile: every create has one delete.
+ * A record remembers that its beginning was told (NAT_RECORD_LOGGED), so its end is told too, whatever a
+ * reload has done to its pool meanwhile: every create has one delete.
  */
 #include "engine.h"
 

@@ -1,5 +1,5 @@
-/* Every create has one delete, each public port is told once, and a ring that nobody reads loses the newest and
- * counts them, while the engine goes on. */
+/* Every create has one delete, each public port is told once, and a ring that nobody reads loses the
+ * newest and counts them, while the engine goes on. */
 #include <assert.h>
 
 #include "testbed.h"

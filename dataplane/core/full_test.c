@@ -1,4 +1,5 @@
-/* A full table: what is refused leaves nothing behind, and nothing is refused for the sake of a session whose time is over. */
+/* A full table: what is refused leaves nothing behind, and nothing is refused for the sake of a session
+ * whose time is over. */
 #include <assert.h>
 
 #include "testbed.h"
@@ -51,7 +52,8 @@ static void test_a_refused_session_leaves_its_block_to_others(enum nat_mapping_k
 	testbed_stop(&t, false);
 }
 
-/* The records of sessions that are over hang on the wheel behind those that were refreshed, which come up first. */
+/* The records of sessions that are over hang on the wheel behind those that were refreshed, which come up
+ * first. */
 static void test_a_table_full_of_sessions_that_are_over_is_not_full(void)
 {
 	enum { REFRESHED = 800 };
@@ -72,8 +74,8 @@ static void test_a_table_full_of_sessions_that_are_over_is_not_full(void)
 	testbed_stop(&t, false);
 }
 
-/* A packet passes over a mapping whose last session is over; the next of the burst finds all ports taken, so those that are over
- * end, and their records and ports are given out again. */
+/* A packet passes over a mapping whose last session is over; the next of the burst finds all ports taken,
+ * so those that are over end, and their records and ports are given out again. */
 static void test_a_packet_over_a_mapping_that_ends_in_its_burst_goes_to_no_other_host(uint32_t victim)
 {
 	enum { PORTS = 128, OVER = 64 };
@@ -107,7 +109,8 @@ static void test_a_packet_over_a_mapping_that_ends_in_its_burst_goes_to_no_other
 	testbed_stop(&t, false);
 }
 
-/* Ports towards one remote are all in use, and very many other sessions are over: no burst waits for the end of all of them. */
+/* Ports towards one remote are all in use, and very many other sessions are over: no burst waits for the
+ * end of all of them. */
 static void test_a_backlog_that_is_over_holds_no_burst_up(void)
 {
 	enum { PORTS = 64, BACKLOG = 20000 };

@@ -1,7 +1,9 @@
-/* From worker to worker. workers.h says who owns what; this file has what they tell each other about a packet.
+/* From worker to worker. workers.h says who owns what; this file has what they tell each other about a
+ * packet.
  *
- * A packet without a session goes to the place of its tuple. The place has the last word about an inside tuple: it
- * makes the session, or has it made, so that no tuple ever gets two. It looks at its mark for the tuple:
+ * A packet without a session goes to the place of its tuple. The place has the last word about an inside
+ * tuple: it makes the session, or has it made, so that no tuple ever gets two. It looks at its mark for
+ * the tuple:
  *
  *	mark          errand     what the other does
  *	0             -          nobody else has such a session: the place makes it
@@ -10,21 +12,23 @@
  *
  * and makes the session when the answer is NOT_THERE or NOWHERE.
  *
- * Never refuse while a port is free: when the place has no port of its own left, or no record, it asks the others:
+ * Never refuse while a port is free: when the place has no port of its own left, or no record, it asks the
+ * others:
  *
  *	MAKE   -->    makes the session with a port of its own, marks it, sends the packet back: FOUND, and home lets it
  *	              GO there. Cannot: on to the next; home is the last: REFUSED
  *
- * While that is on its way the tuple is *asked* for, and its other packets wait: they are handed over by home to home,
- * which looks at them again one round later. An answer that got lost in a full ring is not waited for longer than
- * ASKED_S. The replies to such a session need nothing of this: its port leads them to the worker that lent it.
+ * While that is on its way the tuple is *asked* for, and its other packets wait: they are handed over by
+ * home to home, which looks at them again one round later. An answer that got lost in a full ring is not
+ * waited for longer than ASKED_S. The replies to such a session need nothing of this: its port leads them
+ * to the worker that lent it.
  *
- * Two more errands belong to single packets. A hairpin goes on to its destination's place for its SECOND time, half
- * translated. A first fragment goes where its datagram is brought together (nat_fragment_place()) when it has its
- * verdict: LEAD.
+ * Two more errands belong to single packets. A hairpin goes on to its destination's place for its SECOND
+ * time, half translated. A first fragment goes where its datagram is brought together
+ * (nat_fragment_place()) when it has its verdict: LEAD.
  *
- * Configurations may differ between workers for a moment while a new one is put into force, so a packet may be sent
- * round in a circle: `hops` ends that.
+ * Configurations may differ between workers for a moment while a new one is put into force, so a packet
+ * may be sent round in a circle: `hops` ends that.
  */
 #include <string.h>
 
@@ -248,7 +252,8 @@ void nat_answer(struct nat_engine *e, struct nat_pkt *pkt)
 
 /* ---- packets without a session ---- */
 
-/* At the place of its tuple. `looked`: who, it is known, has no session for it (the mark of a worker, or MANY). */
+/* At the place of its tuple. `looked`: who, it is known, has no session for it (the mark of a worker, or
+ * MANY). */
 static void at_place(struct nat_engine *e, struct nat_pkt *pkt, uint8_t looked)
 {
 	if (nat_must_wait(e, pkt))

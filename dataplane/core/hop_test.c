@@ -1,4 +1,5 @@
-/* Next hops that are the kernel's to choose: an interface that the configuration does not name, an MTU that no link has. */
+/* Next hops that are the kernel's to choose: an interface that the configuration does not name, an MTU
+ * that no link has. */
 #include <assert.h>
 
 #include "testbed.h"

@@ -1,10 +1,10 @@
 /* Inside hosts: how many sessions each has, how fast it opens them, which public address it is paired with.
  *
- * A host is in the table while it has sessions (or an unfilled bucket of tokens), found by its address with
- * linear probing; removal shifts followers back, so there are no tombstones. A host of a paired pool stays
- * while half of the table is free, so that it finds its address again (RFC 4787 REQ-2), also when the pool has
- * changed meanwhile. Only the opening and the end of a session come here. When the table is full a new host is
- * not followed: it is served without a limit rather than refused.
+ * A host is in the table while it has sessions (or an unfilled bucket of tokens), found by its address
+ * with linear probing; removal shifts followers back, so there are no tombstones. A host of a paired pool
+ * stays while half of the table is free, so that it finds its address again (RFC 4787 REQ-2), also when
+ * the pool has changed meanwhile. Only the opening and the end of a session come here. When the table is
+ * full a new host is not followed: it is served without a limit rather than refused.
  */
 #include "engine.h"
 

@@ -76,9 +76,10 @@ void nat_icmp_parse_error(struct nat_pkt *pkt)
 		nat_drop(pkt, NAT_REASON_ICMP_QUOTE);
 		return;
 	}
-	/* An error goes to the source of the packet that it quotes (RFC 1122 3.2.2); RFC 5508 REQ-4c, REQ-7a say so of those from
-	 * outside. REQ-5 leaves the destination of those from inside alone: one that goes elsewhere would tell a third party
-	 * the host's public port, past the zones, which were asked about the quoted remote. */
+	/* An error goes to the source of the packet that it quotes (RFC 1122 3.2.2); RFC 5508 REQ-4c,
+	 * REQ-7a say so of those from outside. REQ-5 leaves the destination of those from inside alone:
+	 * one that goes elsewhere would tell a third party the host's public port, past the zones, which
+	 * were asked about the quoted remote. */
 	if (nat_get32(q.ip + NAT_IP_SOURCE) != nat_get32(pkt->l3 + NAT_IP_DESTINATION)) {
 		nat_drop(pkt, NAT_REASON_ICMP_QUOTE);
 		return;

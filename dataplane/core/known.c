@@ -1,28 +1,29 @@
-/* Packets of sessions that are there already, which nearly all are: looked up, routed, translated and booked in one
- * walk instead of four.
+/* Packets of sessions that are there already, which nearly all are: looked up, routed, translated and
+ * booked in one walk instead of four.
  *
- * Takes a packet only if nothing about it is special: whole TCP or UDP without IP options; its record came to the cache, holds its tuple
- * and is not over; its state and timer stay as they are; it may leave (TTL, route, MTU). All others stay unsettled, as
- * they came, for the stages in session.c, route.c, allocate.c and rewrite.c, which decide the same for any packet.
- * known_test.c compares the two ways.
+ * Takes a packet only if nothing about it is special: whole TCP or UDP without IP options; its record came
+ * to the cache, holds its tuple and is not over; its state and timer stay as they are; it may leave (TTL,
+ * route, MTU). All others stay unsettled, as they came, for the stages in session.c, route.c, allocate.c
+ * and rewrite.c, which decide the same for any packet. known_test.c compares the two ways.
  *
- * A record was sent for while its packet was classified. The walk is in steps of a few packets, so that the last of a
- * burst are asked about late, when theirs have come too; and because only the record says where a packet from outside
- * goes, its routes are asked for step by step.
+ * A record was sent for while its packet was classified. The walk is in steps of a few packets, so that
+ * the last of a burst are asked about late, when theirs have come too; and because only the record says
+ * where a packet from outside goes, its routes are asked for step by step.
  */
 #include "engine.h"
 
 #define STEP 8u
 
-/* What the packets taken add to the counters. The sums are made in registers: a counter in memory waits for its own
- * last value. */
+/* What the packets taken add to the counters. The sums are made in registers: a counter in memory waits
+ * for its own last value. */
 struct sums {
 	uint64_t packets, tcp_packets, bytes, tcp_bytes;
 };
 
-/* No packet may overtake a RST of its session, which the next segment takes back (tcp.c); all else that two packets of
- * a session do comes to the same in any order. So what is left over a RST is remembered: sessions with a bit of their
- * number each, which also bars a few others; `lost`: one whose session is not known yet. */
+/* No packet may overtake a RST of its session, which the next segment takes back (tcp.c); all else that
+ * two packets of a session do comes to the same in any order. So what is left over a RST is remembered:
+ * sessions with a bit of their number each, which also bars a few others; `lost`: one whose session is not
+ * known yet. */
 struct barred {
 	uint64_t sessions;
 	bool lost;
@@ -64,8 +65,8 @@ NAT_ALWAYS_INLINE void book(const struct nat_engine *e, struct nat_session *s, c
 		s->last_seen_s = e->now_s; /* see nat_session_touch() */
 }
 
-/* What rewrite.c does to such a packet. What is replaced stands in the tuple too. TTL and protocol share a word, of which
- * one TTL less takes the same whatever it was. */
+/* What rewrite.c does to such a packet. What is replaced stands in the tuple too. TTL and protocol share a
+ * word, of which one TTL less takes the same whatever it was. */
 NAT_ALWAYS_INLINE void translate(const struct nat_pkt *pkt, uint32_t address_be, uint16_t port_be,
 				 bool inbound)
 {
@@ -87,7 +88,8 @@ NAT_ALWAYS_INLINE void translate(const struct nat_pkt *pkt, uint32_t address_be,
 	nat_put16(field, new);
 }
 
-/* Both directions have a walk of their own, made from the same text: which one it is is known to the compiler. */
+/* Both directions have a walk of their own, made from the same text: which one it is is known to the
+ * compiler. */
 NAT_ALWAYS_INLINE bool is_known(const struct nat_engine *e, const struct nat_pkt *pkt, bool inbound)
 {
 	const struct nat_session *s = &e->record[pkt->guess];
@@ -235,8 +237,8 @@ uint32_t nat_known(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 
 	if (NAT_UNLIKELY(e->elsewhere.n))
 		n_late = fetch_late(e, pkt, late, guess);
-	/* A burst comes from one port, so most are of one direction only. Where it changes, the RST of a session that
-	 * was not found yet could be one of this direction's. */
+	/* A burst comes from one port, so most are of one direction only. Where it changes, the RST of a
+	 * session that was not found yet could be one of this direction's. */
 	for (uint32_t at = 0; at < n && !barred.lost;)
 		at += nat_is_inbound(&pkt[at]) ? walk_inbound(e, pkt + at, n - at, &barred)
 					       : walk_outbound(e, pkt + at, n - at, &barred);

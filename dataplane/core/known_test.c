@@ -1,5 +1,6 @@
-/* Two engines see the same packets. One takes the short ways of known.c and begin.c where it can; to the other all packets come as
- * if handed over, which those leave to the general stages. They must not differ in a bit. */
+/* Two engines see the same packets. One takes the short ways of known.c and begin.c where it can; to the
+ * other all packets come as if handed over, which those leave to the general stages. They must not differ
+ * in a bit. */
 #include "testbed.h"
 
 #define BURSTS    4000u

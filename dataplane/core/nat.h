@@ -90,8 +90,8 @@ struct nat_pool_config {
 	uint8_t log; /* NAT_LOG_* */
 };
 
-/* What of a pool goes to a log ring. A public port is told once: with its block, its mapping or its session, and
- * not at all where arithmetic tells it. */
+/* What of a pool goes to a log ring. A public port is told once: with its block, its mapping or its
+ * session, and not at all where arithmetic tells it. */
 #define NAT_LOG_PORTS    0x1u /* who is given which public port; refusals */
 #define NAT_LOG_SESSIONS 0x2u /* every session with its remote besides (RFC 6888 REQ-12 advises against it) */
 
@@ -162,7 +162,8 @@ struct nat_policy *nat_policy_init(void *mem, const struct nat_config *config,
 void nat_policy_set_active(struct nat_policy *policy, uint32_t pool, bool active);
 bool nat_policy_is_active(const struct nat_policy *policy, uint32_t pool);
 
-/* Is the pool's traffic spread over all workers, or kept by one? One worker, or many, makes no other difference. */
+/* Is the pool's traffic spread over all workers, or kept by one? One worker, or many, makes no other
+ * difference. */
 bool nat_config_spreads(const struct nat_config *config, const struct nat_pool_config *pool);
 
 /* Is there a pool that this worker keeps? */
@@ -278,8 +279,8 @@ _Static_assert(offsetof(struct nat_pkt, tuple) % 8 == 0, "hashed as two words");
 
 #define NAT_NO_SESSION UINT32_MAX
 
-/* A packet from outside, as the shell has it. All else is the core's to write: a shell that clears the whole spends as
- * much on that as the core on parsing. */
+/* A packet from outside, as the shell has it. All else is the core's to write: a shell that clears the
+ * whole spends as much on that as the core on parsing. */
 static inline void nat_pkt_present(struct nat_pkt *pkt, uint8_t *l3, uint32_t len_bytes, void *cookie,
 				   uint8_t iface, uint16_t flags)
 {
@@ -316,12 +317,14 @@ size_t nat_table_size(uint64_t max_sessions);
 struct nat_table *nat_table_init(void *mem, size_t size_bytes, uint64_t max_sessions, uint64_t seed,
 				 bool *adopted, const char **why);
 
-/* Gives the policy's pools and zones their stable ids, new ones where the table has none yet. Each engine does this with its
- * first policy and with the next; done before by another thread, that costs its packets nothing. */
+/* Gives the policy's pools and zones their stable ids, new ones where the table has none yet. Each engine
+ * does this with its first policy and with the next; done before by another thread, that costs its packets
+ * nothing. */
 void nat_table_bind(struct nat_table *table, struct nat_policy *policy);
 
-/* A table that was made for another max_sessions becomes one for this, and keeps its sessions; to be called before
- * nat_table_init(), with memory that both sizes fit into. False: `mem` holds nothing that could be kept. */
+/* A table that was made for another max_sessions becomes one for this, and keeps its sessions; to be
+ * called before nat_table_init(), with memory that both sizes fit into. False: `mem` holds nothing that
+ * could be kept. */
 struct nat_resized {
 	uint64_t before;      /* records that it had room for */
 	uint64_t live, ended; /* records in use; of them, those that have no room any more */
@@ -342,8 +345,8 @@ bool nat_rss_is_usable(const struct nat_rss *rss, uint32_t n_workers);
 
 struct nat_workers;
 
-/* What all engines of one gateway share, when there is more than one. `mem` is aligned to 64 bytes. `inside` and
- * `outside` say how the ports of that role spread packets; NULL: in no way worth following. */
+/* What all engines of one gateway share, when there is more than one. `mem` is aligned to 64 bytes.
+ * `inside` and `outside` say how the ports of that role spread packets; NULL: in no way worth following. */
 size_t nat_workers_size(uint32_t n, uint64_t max_sessions);
 struct nat_workers *nat_workers_init(void *mem, uint32_t n, uint64_t max_sessions, uint64_t seed,
 				     const struct nat_rss *inside, const struct nat_rss *outside);
@@ -377,8 +380,8 @@ struct nat_engine_params {
 
 size_t nat_engine_size(const struct nat_engine_params *params);
 
-/* `mem` is aligned to 64 bytes. Sessions that the table already holds for this worker are indexed again. Engines of
- * one table are made in the order of their numbers, before any of them runs. */
+/* `mem` is aligned to 64 bytes. Sessions that the table already holds for this worker are indexed again.
+ * Engines of one table are made in the order of their numbers, before any of them runs. */
 struct nat_engine *nat_engine_init(void *mem, const struct nat_engine_params *params);
 /* Sessions of the table that nat_engine_init() could not adopt: damaged, or no room. */
 uint64_t nat_engine_not_adopted(const struct nat_engine *e);
@@ -516,7 +519,8 @@ struct nat_map {
 /* From the worker's own thread. */
 enum nat_map_result nat_engine_map(struct nat_engine *e, struct nat_map *ask, uint64_t now_ns);
 
-/* The public address that a host's next mapping will have. False: the host's pool does not keep hosts on one address. */
+/* The public address that a host's next mapping will have. False: the host's pool does not keep hosts on
+ * one address. */
 bool nat_engine_public_address(struct nat_engine *e, uint32_t host_be, uint32_t *address_be);
 
 /* ---- counters ---- */
@@ -530,8 +534,8 @@ struct nat_traffic {
 };
 enum { NAT_TRAFFIC_TCP, NAT_TRAFFIC_UDP, NAT_TRAFFIC_ICMP, NAT_TRAFFIC_KINDS };
 
-/* From a packet without a session to its address and port, refusals included: how often it took up to so long, by
- * burst. */
+/* From a packet without a session to its address and port, refusals included: how often it took up to so
+ * long, by burst. */
 #define NAT_LATENCY_BUCKETS 10u
 extern const uint64_t nat_latency_ns[NAT_LATENCY_BUCKETS - 1]; /* upper ends; the last bucket has none */
 struct nat_latency {
@@ -614,8 +618,8 @@ _Static_assert(sizeof(struct nat_event) == 32, "two to a cache line: a busy work
  * newest are lost and counted in nat_counters.events_lost: the engine never waits. */
 bool nat_engine_event(struct nat_engine *e, struct nat_event *event);
 
-/* A log ring: what a worker tells of pools with nat_pool_config.log, to one reader on a thread of its own. What
- * the reader is too slow for is lost, and counted by kind; the worker never waits. */
+/* A log ring: what a worker tells of pools with nat_pool_config.log, to one reader on a thread of its own.
+ * What the reader is too slow for is lost, and counted by kind; the worker never waits. */
 struct nat_event_ring;
 
 struct nat_event_counts {
@@ -648,12 +652,13 @@ bool nat_engine_sessions(struct nat_engine *e, uint64_t *cursor, uint32_t budget
 /* Ends a session (dsnatctl clear). False when the record holds none. */
 bool nat_engine_clear(struct nat_engine *e, uint32_t record);
 
-/* Ends sessions and mappings whose public address is no longer a pool's (reload --cut): up to `budget` records from *cursor on.
- * Returns false when the end was reached; *ended counts sessions. */
+/* Ends sessions and mappings whose public address is no longer a pool's (reload --cut): up to `budget`
+ * records from *cursor on. Returns false when the end was reached; *ended counts sessions. */
 bool nat_engine_cut(struct nat_engine *e, uint64_t *cursor, uint32_t budget, uint64_t now_ns,
 		    uint64_t *ended);
 
-/* A remote towards which ports of an address are scarce: there is one for every address that has turned down draws at random. */
+/* A remote towards which ports of an address are scarce: there is one for every address that has turned
+ * down draws at random. */
 struct nat_hot_view {
 	uint32_t address_be, pool;
 	uint32_t remote_be; /* 0: all remotes (endpoint-independent mapping) */

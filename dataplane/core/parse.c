@@ -24,8 +24,8 @@ static bool is_group(uint32_t address)
 	return address >> 28 == 14 || address == UINT32_MAX;
 }
 
-/* Addresses stand in the header as in the tuple, and so do ports: each pair is moved as one word, because the hash
- * will read the tuple as two (see nat_tuple_turn()). */
+/* Addresses stand in the header as in the tuple, and so do ports: each pair is moved as one word, because
+ * the hash will read the tuple as two (see nat_tuple_turn()). */
 static void put_ports(struct nat_tuple *tuple, uint32_t ports)
 {
 	const struct nat_tuple rest = {.protocol = tuple->protocol};
@@ -137,8 +137,8 @@ static void parse_fragment(struct nat_pkt *pkt, unsigned fragment)
 		pkt->stage_flags |= NAT_STAGE_LATER;
 }
 
-/* RFC 791 section 3.1. A source route would choose the way of a packet whose addresses we change; nobody forwards
- * it any more (RFC 7126 sections 4.3 and 4.4). */
+/* RFC 791 section 3.1. A source route would choose the way of a packet whose addresses we change; nobody
+ * forwards it any more (RFC 7126 sections 4.3 and 4.4). */
 static bool are_good_options(const uint8_t *ip, unsigned header_bytes)
 {
 	enum { END = 0, NOTHING = 1, LOOSE_SOURCE_ROUTE = 131, STRICT_SOURCE_ROUTE = 137 };
@@ -170,8 +170,9 @@ static void begin(struct nat_pkt *pkt)
 	pkt->hop = (struct nat_hop){0};
 }
 
-/* Nearly all packets are whole, TCP or UDP, without IP options, and right. Their checks are made on whole words and
- * lead to nothing but yes; parse_one() finds out what is wrong with the others, or that nothing is.
+/* Nearly all packets are whole, TCP or UDP, without IP options, and right. Their checks are made on whole
+ * words and lead to nothing but yes; parse_one() finds out what is wrong with the others, or that nothing
+ * is.
  *
  * The header begins with version 4 and 5 words, and is no fragment. */
 static bool parse_plain(struct nat_pkt *pkt)

@@ -17,8 +17,9 @@
 #define NAT_ALWAYS_INLINE     static inline __attribute__((always_inline))
 #define NAT_ALIGNED           __attribute__((aligned(NAT_CACHE_LINE)))
 #define NAT_TRAP()            __builtin_trap()
-/* Compiled for several instruction sets; which one is taken is decided when the program is loaded. Where the loader cannot, as with a
- * sanitizer that is not there yet then, or the compiler does not know how, there is one. */
+/* Compiled for several instruction sets; which one is taken is decided when the program is loaded. Where
+ * the loader cannot, as with a sanitizer that is not there yet then, or the compiler does not know how,
+ * there is one. */
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define NAT_FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else

@@ -53,8 +53,9 @@ static void reverse(struct nat_zone_config *zone, uint32_t n)
 	}
 }
 
-/* As many zones as a configuration may have, in another order at each reload, also when a worker never saw the policy between.
- * Five seconds of a processor, with sanitizers, are a hundred times what it takes; squared it would be minutes. */
+/* As many zones as a configuration may have, in another order at each reload, also when a worker never saw
+ * the policy between. Five seconds of a processor, with sanitizers, are a hundred times what it takes;
+ * squared it would be minutes. */
 static void a_reload_of_65535_zones_is_no_pause(void)
 {
 	enum { N = 65535, SEEN = 40000 };
@@ -92,7 +93,8 @@ static void a_reload_of_65535_zones_is_no_pause(void)
 	testbed_stop(&t, false);
 }
 
-/* What only comes after a zone with the same source and destination never matches, and has nothing to inherit. */
+/* What only comes after a zone with the same source and destination never matches, and has nothing to
+ * inherit. */
 static void a_zone_that_is_there_twice_has_one_id_and_goes_on(void)
 {
 	struct nat_zone_config zone[] = {

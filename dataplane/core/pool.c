@@ -121,8 +121,9 @@ static struct nat_portset *make_set(struct nat_engine *e, const struct nat_tuple
 
 /* ---- sets of a trial ---- */
 
-/* A trial makes no set that others would find: it has one of its own, behind the others. It only notes which address would have got
- * one, and whose set would have made room for it, because the packet's further draws depend on that. */
+/* A trial makes no set that others would find: it has one of its own, behind the others. It only notes
+ * which address would have got one, and whose set would have made room for it, because the packet's
+ * further draws depend on that. */
 static struct nat_portset *trial_set(struct nat_engine *e)
 {
 	struct nat_portset *set = &e->portsets.set[e->portsets.n_sets];
@@ -376,7 +377,8 @@ static uint32_t port_by(uint32_t chance, struct span span, bool parity, uint16_t
 	return port;
 }
 
-/* The same, and one of this worker's: further numbers are made of the first, which nobody knows. 0: none was met. */
+/* The same, and one of this worker's: further numbers are made of the first, which nobody knows. 0: none
+ * was met. */
 static uint32_t port_of_ours(const struct ours *ours, uint32_t chance, struct span span, bool parity,
 			     uint16_t like_be)
 {
@@ -468,8 +470,9 @@ static uint16_t draw(struct nat_engine *e, struct nat_tuple *outside, struct spa
 	return 0;
 }
 
-/* Sessions whose time is up may still hold ports: ends them, which tells the set. All that are due, and not only until there is a
- * port, so that what follows does not depend on how far the wheel was. False: none is, or this burst has ended its share. */
+/* Sessions whose time is up may still hold ports: ends them, which tells the set. All that are due, and
+ * not only until there is a port, so that what follows does not depend on how far the wheel was. False:
+ * none is, or this burst has ended its share. */
 static bool end_overdue(struct nat_engine *e)
 {
 	const uint32_t budget = e->overdue_left;

@@ -8,12 +8,12 @@
  *   1. A few ports drawn at random are looked up. While less than half of an address's ports towards this
  * remote are taken this ends almost always here.
  *   2. If all were taken, the pair (address, remote) is *hot* and gets a port set: a bitmap of its ports
- * which is filled lazily, one word of 64 ports by 64 look-ups when the word is first wanted, and kept exact
- * from then on. A summary of full words leads to a word with room, so the cost of an allocation does not grow
- * with use.
+ * which is filled lazily, one word of 64 ports by 64 look-ups when the word is first wanted, and kept
+ * exact from then on. A summary of full words leads to a word with room, so the cost of an allocation does
+ * not grow with use.
  *
- * With several workers the ports of a spread pool are divided: each worker takes those whose replies come to it
- * (workers.h), and to its port sets all others are taken.
+ * With several workers the ports of a spread pool are divided: each worker takes those whose replies come
+ * to it (workers.h), and to its port sets all others are taken.
  *
  * A port set is a cache: it may be thrown away at any time. A record that a set knows is marked
  * NAT_RECORD_TRACKED, so that its end is reported to the set; records of cold pairs never pay for that.
@@ -75,16 +75,17 @@ void nat_portsets_begin_trial(struct nat_engine *e); /* trial.c */
 uint16_t nat_port_take(struct nat_engine *e, struct nat_tuple *outside, uint16_t first, uint16_t last,
 		       bool alike, uint16_t like_be, bool *tracked);
 
-/* Makes the random numbers that the next n calls (NAT_BURST_MAX at most) begin with, if those before each take the first
- * port they look at. */
+/* Makes the random numbers that the next n calls (NAT_BURST_MAX at most) begin with, if those before each
+ * take the first port they look at. */
 void nat_port_look_ahead(struct nat_engine *e, uint32_t n);
 
-/* The port that the next call but `ahead` will look at first, under that condition, or 0. Changes nothing. `of_set`: the pair
- * is hot, so that a set will tell and not chance. */
+/* The port that the next call but `ahead` will look at first, under that condition, or 0. Changes nothing.
+ * `of_set`: the pair is hot, so that a set will tell and not chance. */
 uint16_t nat_port_forecast(const struct nat_engine *e, const struct nat_tuple *outside, uint32_t ahead,
 			   uint16_t first, uint16_t last, bool alike, uint16_t like_be, bool *of_set);
 
-/* This port is taken, by somebody who has not asked: a session that comes from a peer. True: tracked, as above. */
+/* This port is taken, by somebody who has not asked: a session that comes from a peer. True: tracked, as
+ * above. */
 bool nat_port_claim(struct nat_engine *e, const struct nat_tuple *outside);
 
 /* The record's port is free again; for records with NAT_RECORD_TRACKED. */

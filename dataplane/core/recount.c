@@ -1,7 +1,7 @@
-/* Addresses that a new policy brings, and that have sessions already: begun before a restart under a configuration that had them,
- * or told by a peer whose configuration was changed first. Nobody counted those sessions, but their ends will be. So they are
- * counted now, and their blocks are their hosts'. Records are looked through only when there are some that the old policy's
- * addresses do not explain. */
+/* Addresses that a new policy brings, and that have sessions already: begun before a restart under a
+ * configuration that had them, or told by a peer whose configuration was changed first. Nobody counted
+ * those sessions, but their ends will be. So they are counted now, and their blocks are their hosts'.
+ * Records are looked through only when there are some that the old policy's addresses do not explain. */
 #include "engine.h"
 
 static bool is_new(const struct nat_policy *old, uint32_t address_be)

@@ -103,7 +103,8 @@ void nat_replica_begins(struct nat_engine *e, uint32_t record)
 	if (e->record[record].state & NAT_STATE_FOREIGN)
 		return;
 	if (r->n_young == NAT_REPLICA_YOUNG || r->hold_back_ms == 0) {
-		/* sooner than asked for, but not lost: what is known is not held back, and nobody would remind us of it */
+		/* sooner than asked for, but not lost: what is known is not held back, and nobody would
+		 * remind us of it */
 		set(r->known, record);
 		mark(e, record);
 		return;
@@ -314,7 +315,8 @@ static uint64_t sum_of(const struct nat_key *key, uint32_t slot, const struct na
 				     (s->flags & (NAT_RECORD_STATIC | NAT_RECORD_UNDER_MAPPING))));
 }
 
-/* Does its turn to be refreshed lie between the last look and now? Four times in its time-out, each at its own moments. */
+/* Does its turn to be refreshed lie between the last look and now? Four times in its time-out, each at its
+ * own moments. */
 static bool is_refreshed(const struct nat_engine *e, uint32_t record, uint32_t since_s)
 {
 	const struct nat_session *s = &e->record[record];
@@ -440,7 +442,8 @@ static bool is_valid(const struct nat_replica *replica)
 	       (protocol == NAT_PROTO_TCP || protocol == NAT_PROTO_UDP || protocol == NAT_PROTO_ICMP);
 }
 
-/* Times are compared by their difference, so half of all values lie in the future: a session last seen there would live for years. */
+/* Times are compared by their difference, so half of all values lie in the future: a session last seen
+ * there would live for years. */
 static struct nat_replica within_time(const struct nat_replica *said)
 {
 	struct nat_replica replica = *said;

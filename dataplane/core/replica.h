@@ -1,13 +1,15 @@
 /* Sessions for a peer: what ctl/sync.c may include besides nat.h.
  *
- * A table is told to a peer as numbered places: "under my number 7 stands this session", or "nothing stands there any
- * longer". Saying that again is harmless, and the last word counts; so what was lost on the way is simply said again as it
- * is by then, and nothing must be kept for that. A worker keeps three bits per record: to be told soon (established), to be
- * told when there is time, and known to the peer. That bounds the memory, however long the peer is away.
+ * A table is told to a peer as numbered places: "under my number 7 stands this session", or "nothing
+ * stands there any longer". Saying that again is harmless, and the last word counts; so what was lost on
+ * the way is simply said again as it is by then, and nothing must be kept for that. A worker keeps three
+ * bits per record: to be told soon (established), to be told when there is time, and known to the peer.
+ * That bounds the memory, however long the peer is away.
  *
- * A session that the peer has told stands in our table like any other, findable at once, but as the peer's (NAT_STATE_FOREIGN): it
- * is not told back, and it stays a minute beyond its time, because it is the peer that sees its packets and says when it is over. The first
- * packet of it that comes by here makes it ours, and the peer is told. So nothing has to be done when the address moves.
+ * A session that the peer has told stands in our table like any other, findable at once, but as the peer's
+ * (NAT_STATE_FOREIGN): it is not told back, and it stays a minute beyond its time, because it is the peer
+ * that sees its packets and says when it is over. The first packet of it that comes by here makes it ours,
+ * and the peer is told. So nothing has to be done when the address moves.
  *
  * What lives shorter than the hold-back time (a SYN that nobody answers, a DNS query) is never told.
  */
@@ -63,9 +65,9 @@ void nat_engine_export_again(struct nat_engine *e, const uint32_t *slot, uint32_
 /* A new peer: it knows nothing. `cursor` starts with 0; true when there is more. */
 bool nat_engine_export_all(struct nat_engine *e, uint64_t *cursor, uint32_t budget);
 
-/* One range of our places: sums up what the peer should have. `without` are places on their way, on return also those
- * that wait to be told: they are not part of the sum. Sessions used since `since_s` are told again now and then, so that the peer
- * knows that they live. */
+/* One range of our places: sums up what the peer should have. `without` are places on their way, on return
+ * also those that wait to be told: they are not part of the sum. Sessions used since `since_s` are told
+ * again now and then, so that the peer knows that they live. */
 struct nat_replica_sum {
 	uint64_t without[NAT_REPLICA_WORDS];
 	uint64_t sum;
@@ -83,15 +85,16 @@ enum nat_import_result {
 	NAT_IMPORT_RESULTS
 };
 
-/* A session that the peer tells. `yields`: which side keeps one that both say was used just now. `record` is where it stands. */
+/* A session that the peer tells. `yields`: which side keeps one that both say was used just now. `record`
+ * is where it stands. */
 enum nat_import_result nat_engine_import(struct nat_engine *e, const struct nat_replica *replica, bool yields,
 					 uint32_t *record);
 /* The worker that it should be told to: the one that its replies come to. Any worker may be asked. */
 uint32_t nat_engine_import_place(const struct nat_engine *e, const struct nat_replica *replica);
 /* One that it has ended. */
 void nat_engine_import_end(struct nat_engine *e, uint32_t record);
-/* One that it holds to be ours. With two masters both may have given way to the other at once: then nobody would tell of it,
- * and it must not end for that. */
+/* One that it holds to be ours. With two masters both may have given way to the other at once: then nobody
+ * would tell of it, and it must not end for that. */
 void nat_engine_import_ours(struct nat_engine *e, uint32_t record);
 
 /* The other side of nat_engine_export_sum(): `record[i]` stands for the peer's place `slot[i]`. */

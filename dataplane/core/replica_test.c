@@ -150,7 +150,8 @@ static void test_failover(enum nat_mapping_kind mapping, enum nat_filtering filt
 	nat_engine_tick(b.e, now_ns + b_ahead);
 	pump(&a, &b, &ab, loss, NULL);
 	assert(nat_engine_counters(b.e)->sessions == SESSIONS && equal(&a, &b, &ab, SESSIONS));
-	/* a session that ends is gone at the peer, and one that the peer lost is a difference, and comes back */
+	/* a session that ends is gone at the peer, and one that the peer lost is a difference, and comes
+	 * back */
 	nat_engine_clear(a.e, place(&ab, 7));
 	pump(&a, &b, &ab, loss, NULL);
 	assert(nat_engine_counters(b.e)->sessions == SESSIONS - 1 && equal(&a, &b, &ab, SESSIONS - 1));
@@ -251,7 +252,8 @@ static void test_of_two_that_cannot_both_be_the_one_used_last_stays(void)
 	testbed_stop(&b, false);
 }
 
-/* With two masters at once packets of a session come by on both sides, and their words cross: each gives it to the other one. */
+/* With two masters at once packets of a session come by on both sides, and their words cross: each gives
+ * it to the other one. */
 static void test_a_session_that_both_have_given_away_lives_on(void)
 {
 	static struct link ab, ba;
@@ -383,8 +385,8 @@ static void with_zones(struct testbed *t, const struct nat_zone_config *zone, ui
 	testbed_start(t, now_ns);
 }
 
-/* Two seconds of a processor, with sanitizers, are ten times what it takes; looking through all zones for each session takes
- * minutes. */
+/* Two seconds of a processor, with sanitizers, are ten times what it takes; looking through all zones for
+ * each session takes minutes. */
 static void test_sessions_of_65535_zones_are_taken_at_the_pace_of_one(void)
 {
 	enum { N = 65535 };

@@ -28,8 +28,8 @@ static void check_one(struct nat_engine *e, struct nat_pkt *pkt)
 	}
 }
 
-/* Routes of those whose destination translation does not change, and of those that may be for the gateway itself:
- * which addresses are its own only the routes know (NAT_HOP_LOCAL). */
+/* Routes of those whose destination translation does not change, and of those that may be for the gateway
+ * itself: which addresses are its own only the routes know (NAT_HOP_LOCAL). */
 void nat_route_as_sent(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 {
 	uint32_t destination_be[NAT_BURST_MAX], of[NAT_BURST_MAX], wanted = 0;

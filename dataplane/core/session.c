@@ -185,7 +185,8 @@ static bool index_both(struct nat_engine *e, uint32_t record)
 /* All but what makes it count. */
 NAT_ALWAYS_INLINE void fill(const struct nat_engine *e, struct nat_session *s, const struct nat_session *want)
 {
-	/* Field by field, as `want` was just written: a copy in large words would wait for all of those stores. */
+	/* Field by field, as `want` was just written: a copy in large words would wait for all of those
+	 * stores. */
 	s->inside = want->inside;
 	s->out_addr_be = want->out_addr_be;
 	s->out_port_be = want->out_port_be;
@@ -390,8 +391,8 @@ void nat_session_lookup(struct nat_engine *e, struct nat_pkt *pkt, uint32_t n)
 			pkt[i].session = pkt[i].guess;
 		else if (pkt[i].guess != NAT_NO_RECORD || (pkt[i].stage_flags & NAT_STAGE_ICMP_ERROR) ||
 			 nat_index_bucket(&e->index, pkt[i].hash)->strangers != 0)
-			/* another tuple with the same tag, one whose time is up, one that stands elsewhere, or
-			 * nothing was fetched */
+			/* another tuple with the same tag, one whose time is up, one that stands
+			 * elsewhere, or nothing was fetched */
 			pkt[i].session = nat_session_find(e, &pkt[i].tuple, pkt[i].hash);
 	}
 }

@@ -73,7 +73,8 @@ enum {
 	NAT_TCP_SAW_RST = 0x10,
 };
 
-/* nat_session.state of a session, any protocol: it is the peer's, told by it; no packet of it has come by here (replica.h) */
+/* nat_session.state of a session, any protocol: it is the peer's, told by it; no packet of it has come by
+ * here (replica.h) */
 enum { NAT_STATE_FOREIGN = 0x80 };
 
 /* nat_session.state of a mapping: its host has asked for anybody to be let in, whatever the pool filters */
@@ -157,8 +158,8 @@ struct nat_index {
 	struct nat_session *record;
 };
 
-/* Entries for n records with two each, at most 65 % full: at 85 % every third insertion found its first bucket
- * full and waited for memory once more. */
+/* Entries for n records with two each, at most 65 % full: at 85 % every third insertion found its first
+ * bucket full and waited for memory once more. */
 static inline uint64_t nat_index_buckets(uint64_t n_records)
 {
 	return n_records * 2 * 20 / (NAT_WAYS * 13) + 2;

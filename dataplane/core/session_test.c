@@ -99,7 +99,8 @@ static uint64_t on_address(const struct testbed *t, bool mappings)
 	return mappings ? view.mappings[NAT_TRAFFIC_UDP] : view.sessions;
 }
 
-/* Sessions on an address that no pool has, from before a restart or from a peer whose configuration was changed first. */
+/* Sessions on an address that no pool has, from before a restart or from a peer whose configuration was
+ * changed first. */
 static void test_sessions_on_an_address_that_comes_later_are_counted(enum nat_mapping_kind mapping)
 {
 	enum { BLOCK = 64 };

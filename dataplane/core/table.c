@@ -1,9 +1,10 @@
 /* The table: memory that outlives the process, and what another build or another configuration makes of it.
  *
- * Another engine.max_sessions is no reason to lose a session. A larger table has the same records at the same places, and room
- * behind them. For a smaller one the records that stand too far back move into free places before its end; only when more
- * sessions live than it may hold do some end, and how many is told. A process that dies in the midst of that leaves the
- * old size and at worst a record twice, of which the next one keeps one.
+ * Another engine.max_sessions is no reason to lose a session. A larger table has the same records at the
+ * same places, and room behind them. For a smaller one the records that stand too far back move into free
+ * places before its end; only when more sessions live than it may hold do some end, and how many is told.
+ * A process that dies in the midst of that leaves the old size and at worst a record twice, of which the
+ * next one keeps one.
  *
  * A table of another layout is never guessed at: it is refused, and the caller says so.
  */
@@ -109,7 +110,8 @@ static uint64_t end_some(struct nat_session *record, uint64_t n, uint64_t too_ma
 	return ended;
 }
 
-/* What stands behind `end` moves into free places before it. First the copy counts, then the original no longer. */
+/* What stands behind `end` moves into free places before it. First the copy counts, then the original no
+ * longer. */
 static void move_before(struct nat_session *record, uint64_t end, uint64_t n)
 {
 	uint64_t hole = 0;

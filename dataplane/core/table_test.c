@@ -1,4 +1,5 @@
-/* A table of another size keeps its sessions, at whatever places they stand; and what has no room is counted. */
+/* A table of another size keeps its sessions, at whatever places they stand; and what has no room is
+ * counted. */
 #include "testbed.h"
 
 #define MANY 3000u

@@ -1,19 +1,21 @@
 /* A trial: what would the engine do with this packet? Asked with `dsnatctl explain`.
  *
- * There is no second implementation that could disagree. The packet goes through the stages of engine.c one after the other, for real:
- * a session that it would begin is begun, the bytes are rewritten. Between stages the trial looks what has become of it, and afterwards
- * takes everything back:
+ * There is no second implementation that could disagree. The packet goes through the stages of engine.c
+ * one after the other, for real: a session that it would begin is begun, the bytes are rewritten. Between
+ * stages the trial looks what has become of it, and afterwards takes everything back:
  *
  *   begun session, its mapping and port     ended; they never were in a burst
  *   session and mapping that it used        written back and hung up again
  *   host, round-robin cursor, random state  written back, so that the next packet gets what the trial foretold
  *   counters, events, packets made          written back; `trial` keeps alarms and refusals from being counted at all
  *
- * Sessions whose time is over may be ended on the way, as any packet may do at this moment. Under a candidate policy not even that:
- * live sessions are counted by the policy in force, so they must not end under another. Port sets describe the policy in force
- * too, so a candidate's ports are looked up one by one (pool.c). A trial holds the worker up for as long as the packet would.
+ * Sessions whose time is over may be ended on the way, as any packet may do at this moment. Under a
+ * candidate policy not even that: live sessions are counted by the policy in force, so they must not end
+ * under another. Port sets describe the policy in force too, so a candidate's ports are looked up one by
+ * one (pool.c). A trial holds the worker up for as long as the packet would.
  *
- * Fragments are not tried: what becomes of one depends on others. Nor is the cutting of large packets, which only is foretold.
+ * Fragments are not tried: what becomes of one depends on others. Nor is the cutting of large packets,
+ * which only is foretold.
  */
 #include <string.h>
 

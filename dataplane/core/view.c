@@ -1,5 +1,5 @@
-/* What the control thread sees of an engine's tables: sessions, addresses, zones; and the two ways in which it ends
- * sessions. All of it from the worker's own thread, a bounded number of records at a time.
+/* What the control thread sees of an engine's tables: sessions, addresses, zones; and the two ways in
+ * which it ends sessions. All of it from the worker's own thread, a bounded number of records at a time.
  */
 #include "engine.h"
 

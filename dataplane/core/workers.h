@@ -1,7 +1,7 @@
 /* What the workers of one gateway have in common: who owns which packet.
  *
- * Each worker has an engine of its own: index, port sets, wheel, counters. This is all that they share beside
- * the records, and nearly all of it is only read.
+ * Each worker has an engine of its own: index, port sets, wheel, counters. This is all that they share
+ * beside the records, and nearly all of it is only read.
  *
  * One rule says where a packet belongs: every worker can tell the *place* of a tuple from the tuple and the
  * policy alone (nat_place()), and a session lives at the place of its outside tuple, where its replies go.
@@ -14,15 +14,16 @@
  *     with one worker.
  *   - A tuple of a static mapping has the place of the outside tuple that the mapping says.
  *
- * A worker that gets a packet looks into its own index first. Only when nothing is found it asks for the place,
- * and hands the packet over if that is another one. So where RSS is right nothing is handed over, and where
- * it is wrong, or there is none, all is still correct.
+ * A worker that gets a packet looks into its own index first. Only when nothing is found it asks for the
+ * place, and hands the packet over if that is another one. So where RSS is right nothing is handed over,
+ * and where it is wrong, or there is none, all is still correct.
  *
- * A session that does not live at the place of its inside tuple is *away* from there: its port was borrowed, or
- * it was begun under another number of workers or another configuration. So that the place of the tuple knows, it
- * has one byte per hash of tuple, its *marks*: 0: nobody away has such a tuple; a worker's number, plus one: only that
- * one may; NAT_MARK_MANY: several may. Marks are written by the worker that has the session, and wiped by their owner
- * when nobody is away from it any more. handover.c has the questions that are asked along them.
+ * A session that does not live at the place of its inside tuple is *away* from there: its port was
+ * borrowed, or it was begun under another number of workers or another configuration. So that the place of
+ * the tuple knows, it has one byte per hash of tuple, its *marks*: 0: nobody away has such a tuple; a
+ * worker's number, plus one: only that one may; NAT_MARK_MANY: several may. Marks are written by the
+ * worker that has the session, and wiped by their owner when nobody is away from it any more. handover.c
+ * has the questions that are asked along them.
  */
 #ifndef NAT_WORKERS_H
 #define NAT_WORKERS_H
@@ -54,8 +55,9 @@ struct nat_workers {
 	uint32_t mark_mask;          /* marks of each worker, less one */
 	struct nat_key key;          /* of marks, and of the fragments' places */
 	struct nat_spread spread[2]; /* by nat_tuple.side */
-	/* Records that a worker has too many of: lists of nat_free_list_records, linked by nat_session.next; the lists by
-	 * `previous` of their first. Head of the stack: number + 1 in the low half, a count against ABA in the high one. */
+	/* Records that a worker has too many of: lists of nat_free_list_records, linked by
+	 * nat_session.next; the lists by `previous` of their first. Head of the stack: number + 1 in the
+	 * low half, a count against ABA in the high one. */
 	_Alignas(NAT_CACHE_LINE) _Atomic uint64_t free_lists;
 	uint32_t free_list_records;
 	struct nat_workers_line line[NAT_WORKERS_MAX];
@@ -120,8 +122,9 @@ void nat_away_begin(struct nat_workers *workers, uint32_t place, const struct na
 		    bool borrowed);
 void nat_away_end(struct nat_workers *workers, uint32_t place);
 
-/* Wipes a worker's marks when none of them means anything. By that worker, now and then, and again in each burst as long as some are
- * left: there is one for each of its sessions, and whoever begins one meanwhile waits. */
+/* Wipes a worker's marks when none of them means anything. By that worker, now and then, and again in each
+ * burst as long as some are left: there is one for each of its sessions, and whoever begins one meanwhile
+ * waits. */
 #define NAT_TIDIED_AT_ONCE 16384u /* some 10 us */
 struct nat_tidying {
 	uint32_t at, left;

@@ -1,4 +1,5 @@
-/* Several engines on one table: ports are divided and none is left over, sessions survive another number of workers. */
+/* Several engines on one table: ports are divided and none is left over, sessions survive another number
+ * of workers. */
 #include "testbed.h"
 
 #define N_MAX 5u

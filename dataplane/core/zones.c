@@ -1,12 +1,13 @@
 /* Zones, made ready for packets: by source, and by name.
  *
- * By source: two prefixes are apart, or one lies within the other. So the prefixes that zones name as their source, each once, are
- * a tree, and each lists its zones in the file's order, up to the first without a destination. All boundaries cut the
- * addresses into intervals; an interval knows the narrowest prefix around it, and that one the next wider. A zone is
- * listed once, whatever lies within its source: memory and time to build are those of sorting the zones.
+ * By source: two prefixes are apart, or one lies within the other. So the prefixes that zones name as
+ * their source, each once, are a tree, and each lists its zones in the file's order, up to the first
+ * without a destination. All boundaries cut the addresses into intervals; an interval knows the narrowest
+ * prefix around it, and that one the next wider. A zone is listed once, whatever lies within its source:
+ * memory and time to build are those of sorting the zones.
  *
- * By name: a zone is known by source and destination, in the table's header and from one policy to the next. Of several
- * with the same only the first can match.
+ * By name: a zone is known by source and destination, in the table's header and from one policy to the
+ * next. Of several with the same only the first can match.
  */
 #include "policy.h"
 

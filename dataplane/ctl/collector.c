@@ -1,22 +1,23 @@
 /* A collector that is slow or away must cost memory that is bounded, and records that are counted.
  *
- * Messages wait in a ring of bytes. What does not fit is lost, whole messages, counted in records: the newest, so
- * that what waits stays in order.
+ * Messages wait in a ring of bytes. What does not fit is lost, whole messages, counted in records: the
+ * newest, so that what waits stays in order.
  *
  *	head ............ next ............ tail
  *	  sent, not        to be sent
  *	  acknowledged
  *
- * TCP. A message is kept until the kernel says that the other side has acknowledged it (SIOCOUTQ); a new connection
- * begins with the templates and goes on with the first message that was not. So a broken connection loses nothing
- * here, and may send a few messages twice (their sequence numbers say so). What the collector had taken from the
- * network and not read when it died only its own gap in the sequence numbers tells.
+ * TCP. A message is kept until the kernel says that the other side has acknowledged it (SIOCOUTQ); a new
+ * connection begins with the templates and goes on with the first message that was not. So a broken
+ * connection loses nothing here, and may send a few messages twice (their sequence numbers say so). What
+ * the collector had taken from the network and not read when it died only its own gap in the sequence
+ * numbers tells.
  *
  * UDP. A message is sent once. Where the collector's host answers that nobody listens there (ICMP port
- * unreachable), the error queue gives that message's first bytes back, and its records are counted as refused. From
- * then on nothing but a probe a second goes out, templates or a copy of the first line that waits; when no error
- * comes back for PROBE_PATIENCE_NS the queue goes on. So a collector that is restarted misses next to nothing, also
- * over UDP.
+ * unreachable), the error queue gives that message's first bytes back, and its records are counted as
+ * refused. From then on nothing but a probe a second goes out, templates or a copy of the first line that
+ * waits; when no error comes back for PROBE_PATIENCE_NS the queue goes on. So a collector that is
+ * restarted misses next to nothing, also over UDP.
  */
 #include "collector.h"
 
@@ -40,8 +41,8 @@
 #define CONNECT_NS        UINT64_C(5000000000)
 #define SILENT_MS         30000 /* TCP: without an acknowledgement for so long the other side is gone */
 #define HISTORY           1024u
-/* Over UDP nothing says that the collector is too slow: what has waited must not come down on it at once. A burst
- * fits into the receive buffer that Linux gives a socket by default. */
+/* Over UDP nothing says that the collector is too slow: what has waited must not come down on it at once.
+ * A burst fits into the receive buffer that Linux gives a socket by default. */
 #define UDP_BURST_BYTES  98304u
 #define UDP_BYTES_PER_MS 16384u /* 600,000 IPFIX records a second, 80,000 lines of syslog */
 #define QUOTED_BYTES     18u    /* of a message: its IPFIX header, and the number of its first set */

@@ -1,5 +1,5 @@
-/* Every record is sent, lost or waiting, whatever a collector does: away, back, slow, gone in mid-stream. Sockets on
- * 127.0.0.1; the clock is the test's. */
+/* Every record is sent, lost or waiting, whatever a collector does: away, back, slow, gone in mid-stream.
+ * Sockets on 127.0.0.1; the clock is the test's. */
 #include <arpa/inet.h>
 #include <assert.h>
 #include <errno.h>

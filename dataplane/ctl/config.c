@@ -6,8 +6,8 @@
  *	config_rules.c   between objects: overlaps, unknown names, shadowed zones
  *
  * Each stage reports all it finds and goes on with a harmless value, so that one run tells the operator
- * everything. Rules run also after key errors: a bad port range must not hide an overlap. What cannot be read is
- * left out of the lists, so a rule never sees a made-up value.
+ * everything. Rules run also after key errors: a bad port range must not hide an overlap. What cannot be
+ * read is left out of the lists, so a rule never sees a made-up value.
  *
  * All memory hangs off the configuration and goes with config_free(): a reload reads a new one aside, and a
  * refused one leaves no trace.
@@ -345,7 +345,8 @@ void config_free(struct config *config)
 
 /* ---- reload ---- */
 
-/* With several workers a pool is spread over all of them or kept by one (core/workers.h): its sessions cannot move. */
+/* With several workers a pool is spread over all of them or kept by one (core/workers.h): its sessions
+ * cannot move. */
 static bool pools_stay(const struct nat_config *a, const struct nat_config *b, char *why, size_t why_bytes)
 {
 	if (a->n_workers <= 1)

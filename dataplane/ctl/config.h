@@ -1,8 +1,8 @@
 /* The engine's one configuration file, read strictly: every error at once, each with its line and column.
  *
- * config_load() always gives a struct config. With n_errors == 0 `nat` is complete, defaults filled in, and what
- * it points to lives until config_free(). With errors `nat` must not be used; the problems say what to do.
- * Warnings never stand in the way.
+ * config_load() always gives a struct config. With n_errors == 0 `nat` is complete, defaults filled in,
+ * and what it points to lives until config_free(). With errors `nat` must not be used; the problems say
+ * what to do. Warnings never stand in the way.
  *
  *	struct config *c = config_load("/etc/dsnat/dsnatd.yaml", 0);
  *	config_print(c, stderr);                 FILE:LINE:COL: what; what to do

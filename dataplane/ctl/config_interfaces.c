@@ -1,4 +1,5 @@
-/* The section `interfaces` of dsnatd.yaml: ports of DPDK, and interfaces that the kernel keeps. See config_keys.c.
+/* The section `interfaces` of dsnatd.yaml: ports of DPDK, and interfaces that the kernel keeps. See
+ * config_keys.c.
  */
 #include <ctype.h>
 #include <string.h>

@@ -1,8 +1,8 @@
 /* The keys of dsnatd.yaml: which there are, what they take, what they are when not given.
  *
- * One function per section; some have a file of their own (config_interfaces.c, config_pools.c, config_logging.c,
- * config_sync.c). Each has a table of its keys (struct key) and an enum of the same order; config_fields() finds the
- * values, the readers of config_values.c judge them.
+ * One function per section; some have a file of their own (config_interfaces.c, config_pools.c,
+ * config_logging.c, config_sync.c). Each has a table of its keys (struct key) and an enum of the same
+ * order; config_fields() finds the values, the readers of config_values.c judge them.
  *
  * All keys, their values and defaults are documented in dataplane/README.md, "Configuration";
  * tests/dataplane/test_config.py holds that table and this file together.

@@ -1,13 +1,14 @@
-/* The log thread. Every 5 ms it empties the workers' rings, makes messages of what each collector wants to hear, and
- * lets the collectors send. It shares a mutex with the control thread and nothing at all with the workers, who write
- * into their rings whether it runs or not: an event that finds its ring full is counted there and lost.
+/* The log thread. Every 5 ms it empties the workers' rings, makes messages of what each collector wants to
+ * hear, and lets the collectors send. It shares a mutex with the control thread and nothing at all with
+ * the workers, who write into their rings whether it runs or not: an event that finds its ring full is
+ * counted there and lost.
  *
  *	worker 0 ──ring──┐                  ┌─ wants? ─ IPFIX ── queue ── socket
  *	worker 1 ──ring──┼── export thread ─┤
  *	worker n ──ring──┘                  └─ wants? ─ syslog ─ queue ── socket
  *
- * A pool is known by its stable id, also when a reload has removed it and its sessions still end: a collector keeps
- * what it wanted of a pool that is gone.
+ * A pool is known by its stable id, also when a reload has removed it and its sessions still end: a
+ * collector keeps what it wanted of a pool that is gone.
  */
 #include "export.h"
 

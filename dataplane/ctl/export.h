@@ -6,8 +6,8 @@
  *	export_tell(x, say, context)                            once a second: what the operator must hear of
  *	export_close(x)                                         when no worker runs any more: sends what is left
  *
- * dsnat-replay has no thread and no collector: it writes what the first collector of the configuration would get into
- * a file (export_file_*).
+ * dsnat-replay has no thread and no collector: it writes what the first collector of the configuration
+ * would get into a file (export_file_*).
  */
 #ifndef EXPORT_H
 #define EXPORT_H
@@ -23,8 +23,8 @@ struct export;
 /* NULL: no memory. The thread starts with the first collector. */
 struct export *export_open(uint32_t n_workers);
 
-/* What the configuration asks for now; `ops` gives configuration, policy and workers. False and a sentence: there is
- * no memory, and nothing more is logged than before. */
+/* What the configuration asks for now; `ops` gives configuration, policy and workers. False and a
+ * sentence: there is no memory, and nothing more is logged than before. */
 bool export_follow(struct export *x, const struct request_ops *ops, char *why, size_t why_bytes);
 
 /* Before the workers run: makes the rings if the configuration has collectors. */

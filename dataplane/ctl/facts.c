@@ -1,14 +1,15 @@
 /* The configuration in lines of words, for the scripts that prepare a gateway before the engine runs.
  *
- * NIC set-up and the fail-closed rules must know interfaces, pools and zones. A second reader of the YAML file
- * would sooner or later read it differently; so `dsnatd --facts FILE` says what the one reader understood:
+ * NIC set-up and the fail-closed rules must know interfaces, pools and zones. A second reader of the YAML
+ * file would sooner or later read it differently; so `dsnatd --facts FILE` says what the one reader
+ * understood:
  *
  *	interface NAME inside|outside dpdk|nfqueue DEVICE   DEVICE is "-" when there is none
  *	pool NAME FIRST-LAST                                one line per range
  *	zone SOURCE DESTINATION drop|pass|pool              in the file's order; DESTINATION is "any" for all
  *
- * No word contains a space: names and devices cannot. New kinds of lines may be added; readers skip what they
- * do not know.
+ * No word contains a space: names and devices cannot. New kinds of lines may be added; readers skip what
+ * they do not know.
  */
 #include <inttypes.h>
 

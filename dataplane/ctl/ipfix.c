@@ -3,12 +3,12 @@
  *	header 16 bytes   version 10, length, export time, sequence number, observation domain
  *	set               template number, length, records one behind the other
  *
- * A template says which information elements a record holds; a collector that has missed it can read nothing, so
- * over UDP templates are sent again and again (RFC 7011 8.4), over TCP once in a connection.
+ * A template says which information elements a record holds; a collector that has missed it can read
+ * nothing, so over UDP templates are sent again and again (RFC 7011 8.4), over TCP once in a connection.
  *
  * The sequence number counts data records before the message, those included that were lost on our side: a
- * collector sees each loss as a gap, and it goes on over reconnections, so a collector that was away can tell what
- * it has missed.
+ * collector sees each loss as a gap, and it goes on over reconnections, so a collector that was away can
+ * tell what it has missed.
  *
  * All numbers are from IANA's registry of IPFIX information elements and RFC 8158 section 5.
  */

@@ -1,9 +1,11 @@
-/* Events with fields. Whoever looks for the host behind a refusal, or for one pool, need not take sentences apart:
+/* Events with fields. Whoever looks for the host behind a refusal, or for one pool, need not take
+ * sentences apart:
  *
  *	MESSAGE= PRIORITY= (4 refusals, 6 blocks)  DSNAT_EVENT= DSNAT_POOL= DSNAT_HOST= DSNAT_REASON= DSNAT_ADDRESS= DSNAT_PORTS=
  *
- * Only where standard error is the journal (JOURNAL_STREAM names it, systemd.exec(5)): in a terminal the sentence is
- * enough. Other lines of dsnatd go through standard error, which the unit also copies to the console.
+ * Only where standard error is the journal (JOURNAL_STREAM names it, systemd.exec(5)): in a terminal the
+ * sentence is enough. Other lines of dsnatd go through standard error, which the unit also copies to the
+ * console.
  */
 #include "journal.h"
 

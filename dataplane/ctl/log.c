@@ -1,9 +1,9 @@
 /* Events to lines.
  *
- * The core decides what is an event and damps what an attacker could cause (RFC 6888 REQ-11C: an alarm is told
- * once a minute); here each becomes one sentence that names pool, host and remedy. Destinations are in none of
- * them (RFC 6888 REQ-12). With port blocks the log answers "who was 203.0.113.1:1030 at that time" in two lines
- * per block instead of two per connection (RFC 6888 REQ-14).
+ * The core decides what is an event and damps what an attacker could cause (RFC 6888 REQ-11C: an alarm is
+ * told once a minute); here each becomes one sentence that names pool, host and remedy. Destinations are
+ * in none of them (RFC 6888 REQ-12). With port blocks the log answers "who was 203.0.113.1:1030 at that
+ * time" in two lines per block instead of two per connection (RFC 6888 REQ-14).
  *
  * Nothing is lost in silence: an engine that has no room for an event counts it, and the count is told.
  */

@@ -16,7 +16,8 @@ struct log_line {
 	const char *pool;              /* NULL: none */
 };
 
-/* Takes the events of all workers and says each in one line. Call about once a second, on the control thread. */
+/* Takes the events of all workers and says each in one line. Call about once a second, on the control
+ * thread. */
 void log_drain(struct log *log, const struct request_ops *ops,
 	       void (*say)(void *context, const struct log_line *line), void *context);
 

@@ -1,5 +1,6 @@
-/* What a gateway offers as a NAT, in so few bytes that it goes with every datagram to the peer: do both have the same pools and
- * zones, which one has more public addresses, and does one refuse because its ports are spent?
+/* What a gateway offers as a NAT, in so few bytes that it goes with every datagram to the peer: do both
+ * have the same pools and zones, which one has more public addresses, and does one refuse because its
+ * ports are spent?
  */
 #ifndef OFFER_H
 #define OFFER_H
@@ -15,7 +16,8 @@ struct offer {
 	bool exhausted; /* a session was refused for want of a port a moment ago */
 };
 
-/* `exhausted` is the caller's. Interfaces, workers, limits and timers may differ in a pair, so they do not count. */
+/* `exhausted` is the caller's. Interfaces, workers, limits and timers may differ in a pair, so they do not
+ * count. */
 struct offer offer_of(const struct nat_config *config);
 
 #endif

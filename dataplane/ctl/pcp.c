@@ -77,7 +77,8 @@ static enum pcp_result result_of(enum nat_map_result result)
 	return NETWORK_FAILURE;
 }
 
-/* Options behind the opcode's own data: those that must be understood are refused (none is), the others passed over. */
+/* Options behind the opcode's own data: those that must be understood are refused (none is), the others
+ * passed over. */
 static enum pcp_result check_options(const uint8_t *option, size_t bytes)
 {
 	while (bytes >= 4) {
@@ -214,7 +215,8 @@ static size_t answer_pmp_map(const struct pcp_ops *ops, uint32_t client_be, uint
 
 	memcpy(&ask.port_be, request + 4, 2);
 	memcpy(&ask.outside_port_be, request + 6, 2);
-	/* Section 3.4: port 0 would delete all of the host's mappings at once; they are deleted one by one here. */
+	/* Section 3.4: port 0 would delete all of the host's mappings at once; they are deleted one by one
+	 * here. */
 	if (ask.port_be == 0)
 		code = PMP_REFUSED;
 	else if (!ops->map(ops->context, &ask, &result))

@@ -1,9 +1,11 @@
-/* PCP (RFC 6887) and NAT-PMP (RFC 6886): hosts ask for mappings of their own. Both speak to UDP port 5351 of the gateway.
+/* PCP (RFC 6887) and NAT-PMP (RFC 6886): hosts ask for mappings of their own. Both speak to UDP port 5351
+ * of the gateway.
  *
- * This file reads a request and writes the answer; sockets and engines are the program's. Served: PCP MAP, PEER and ANNOUNCE, NAT-PMP
- * public address and both maps. Not served: THIRD_PARTY (a host speaks for itself only), PREFER_FAILURE and FILTER (answered with
- * UNSUPP_OPTION, as RFC 6887 section 7.3 asks). A mapping that was made with a nonce is changed and ended with that nonce only
- * (section 11.3), so not by NAT-PMP, which has none.
+ * This file reads a request and writes the answer; sockets and engines are the program's. Served: PCP MAP,
+ * PEER and ANNOUNCE, NAT-PMP public address and both maps. Not served: THIRD_PARTY (a host speaks for
+ * itself only), PREFER_FAILURE and FILTER (answered with UNSUPP_OPTION, as RFC 6887 section 7.3 asks). A
+ * mapping that was made with a nonce is changed and ended with that nonce only (section 11.3), so not by
+ * NAT-PMP, which has none.
  */
 #ifndef PCP_H
 #define PCP_H

@@ -1,4 +1,5 @@
-/* See pcp_server.h. Requests arrive over the kernel: addressed to the gateway itself, they pass the engine like SSH does. */
+/* See pcp_server.h. Requests arrive over the kernel: addressed to the gateway itself, they pass the engine
+ * like SSH does. */
 #include "pcp_server.h"
 
 #include <errno.h>
@@ -70,7 +71,8 @@ struct pcp_ops pcp_over(const struct request_ops *ops)
 	return (struct pcp_ops){(void *)(uintptr_t)ops, map, public_address};
 }
 
-/* Mappings outlive the daemon and end with the machine, so that is what the epoch counts (RFC 6887 section 8.5). */
+/* Mappings outlive the daemon and end with the machine, so that is what the epoch counts (RFC 6887 section
+ * 8.5). */
 static uint32_t epoch_s(void)
 {
 	struct timespec now;
@@ -160,7 +162,8 @@ static bool serve_one(struct pcp_server *server)
 		pcp_answer(&ops, client.sin_addr.s_addr, epoch_s(), request, (size_t)got, answer);
 	if (length == 0)
 		return true;
-	/* From the address that was asked: the control data goes back as it came, but for the interface, which the route decides. */
+	/* From the address that was asked: the control data goes back as it came, but for the interface,
+	 * which the route decides. */
 	struct in_pktinfo from = {.ipi_spec_dst = info->ipi_spec_dst};
 	memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), &from, sizeof(from));
 	vector = (struct iovec){answer, length};

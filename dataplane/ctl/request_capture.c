@@ -5,12 +5,13 @@
  *	{"cmd":"capture","id":7,"stop":true}
  *	{"cmd":"capture"}                       is one running?
  *
- * `filter` is a classic BPF program over the IPv4 packet. The client has compiled it: libpcap's compiler asks name servers, which the
- * control thread must not wait for. Here it is only checked (bpf_validate) and run, by the workers.
+ * `filter` is a classic BPF program over the IPv4 packet. The client has compiled it: libpcap's compiler
+ * asks name servers, which the control thread must not wait for. Here it is only checked (bpf_validate)
+ * and run, by the workers.
  *
- * Each worker has a ring of its own (core/capture.c), which is there as long as the worker may write into it: until it says that it
- * has let go, or has left a client that did not come back for ten seconds. A worker that does not answer keeps its ring, and
- * the others' go; the next start looks again.
+ * Each worker has a ring of its own (core/capture.c), which is there as long as the worker may write into
+ * it: until it says that it has let go, or has left a client that did not come back for ten seconds. A
+ * worker that does not answer keeps its ring, and the others' go; the next start looks again.
  */
 #include <jansson.h>
 #include <pcap/bpf.h>

@@ -1,12 +1,12 @@
 /* show config, plan: what runs, and what another file would change.
  *
- * show config gives every value that is in force, defaults included, in the words of the file. It is what tools
- * build on (dsnatctl rfc, ipvsadm): none of them reads YAML, for a second reader would sooner or later read it
- * differently.
+ * show config gives every value that is in force, defaults included, in the words of the file. It is what
+ * tools build on (dsnatctl rfc, ipvsadm): none of them reads YAML, for a second reader would sooner or
+ * later read it differently.
  *
- * plan takes the text of a candidate file and changes nothing. It answers with its errors, or with what would
- * change and with the live sessions whose public address would be gone or drain. Those are counted page by page,
- * as sessions are listed; the client adds up.
+ * plan takes the text of a candidate file and changes nothing. It answers with its errors, or with what
+ * would change and with the live sessions whose public address would be gone or drain. Those are counted
+ * page by page, as sessions are listed; the client adds up.
  */
 #include <arpa/inet.h>
 #include <inttypes.h>

@@ -1,6 +1,7 @@
-/* Addresses that leave a pool while sessions use them. A reload must not cut those sessions: the new configuration keeps such an
- * address as one that drains, so that replies are still translated, ARP is still answered and `show pools` tells how many are left.
- * The next reload lets go those that have none left. `reload --cut` asks for the other thing: it keeps none, and ends their sessions.
+/* Addresses that leave a pool while sessions use them. A reload must not cut those sessions: the new
+ * configuration keeps such an address as one that drains, so that replies are still translated, ARP is
+ * still answered and `show pools` tells how many are left. The next reload lets go those that have none
+ * left. `reload --cut` asks for the other thing: it keeps none, and ends their sessions.
  */
 #include <stdlib.h>
 #include <string.h>

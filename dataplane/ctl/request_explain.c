@@ -3,8 +3,8 @@
  *	{"cmd":"explain","if":"inside0","pkt":"45..."}                      by the configuration in force
  *	{"cmd":"explain","if":"inside0","pkt":"45...","text":"engine: ..."} by a candidate file, with the sessions that live now
  *
- * The engine tries the packet and takes everything back (core/trial.c); this file only puts into words what it saw. The worker that
- * has the packet's session answers, else the first one.
+ * The engine tries the packet and takes everything back (core/trial.c); this file only puts into words
+ * what it saw. The worker that has the packet's session answers, else the first one.
  */
 #include <arpa/inet.h>
 #include <jansson.h>

@@ -1,8 +1,9 @@
 /* show destinations: remotes towards which ports become scarce, the fullest first.
  *
- * The engine keeps a set of ports for each pair of address and remote that has turned down draws at random (core/pool.c): in practice
- * for every pair that is half full or more. So this list costs nothing to keep, and it holds every destination that an operator must
- * care about. A set knows the words of 64 ports that somebody has looked at; the rest are taken to be as full.
+ * The engine keeps a set of ports for each pair of address and remote that has turned down draws at random
+ * (core/pool.c): in practice for every pair that is half full or more. So this list costs nothing to keep,
+ * and it holds every destination that an operator must care about. A set knows the words of 64 ports that
+ * somebody has looked at; the rest are taken to be as full.
  */
 #include <arpa/inet.h>
 #include <jansson.h>

@@ -28,7 +28,8 @@ bool request_only_keys(struct request_context *c, const char *const *keys, size_
 
 /* A key that is not given leaves *out alone; of the wrong type it refuses and gives false. */
 bool request_read_text(struct request_context *c, const char *key, const char **out);
-/* An empty text is refused too: it is what a script sends whose variable is not set, and no filter would mean all. */
+/* An empty text is refused too: it is what a script sends whose variable is not set, and no filter would
+ * mean all. */
 bool request_read_given(struct request_context *c, const char *key, const char **out);
 bool request_read_flag(struct request_context *c, const char *key, bool *out);
 bool request_read_count(struct request_context *c, const char *key, uint32_t most, uint32_t *out);

@@ -1,5 +1,6 @@
-/* {"cmd":"pcp","client":"100.64.0.2","request":"HEX"}: what would a host at that address be answered, and with the same effect. For
- * tests of the port control protocols without a network, and for asking on a host's behalf.
+/* {"cmd":"pcp","client":"100.64.0.2","request":"HEX"}: what would a host at that address be answered, and
+ * with the same effect. For tests of the port control protocols without a network, and for asking on a
+ * host's behalf.
  */
 #include <arpa/inet.h>
 #include <string.h>

@@ -105,8 +105,8 @@ struct route {
 	struct route_figures figures;
 };
 
-/* route_stores.c: the kernel's messages, into the stores. Memory that is not there ends the process: a gateway
- * that cannot learn routes must be started again, not go on half blind. */
+/* route_stores.c: the kernel's messages, into the stores. Memory that is not there ends the process: a
+ * gateway that cannot learn routes must be started again, not go on half blind. */
 int route_on_message(const struct nlmsghdr *message, void *route);
 void route_stores_clear(struct route *r);
 void route_chains_grow(struct route *r);

@@ -1,5 +1,5 @@
-/* MAC addresses of next hops: one open-addressed table of atomics. The control thread alone writes it, workers read
- * it for each packet; a new MAC address is used by the next one.
+/* MAC addresses of next hops: one open-addressed table of atomics. The control thread alone writes it,
+ * workers read it for each packet; a new MAC address is used by the next one.
  */
 #include <linux/neighbour.h>
 #include <stdlib.h>

@@ -1,5 +1,5 @@
-/* The kernel's links, addresses, routes and neighbours, as netlink tells them. Only the control thread is here.
- * See route.c for what becomes of them.
+/* The kernel's links, addresses, routes and neighbours, as netlink tells them. Only the control thread is
+ * here. See route.c for what becomes of them.
  */
 #include <arpa/inet.h>
 #include <linux/if_link.h>

@@ -1,5 +1,6 @@
-/* What workers read of the routes: an immutable longest-prefix trie (16-8-8 bits, so one to three loads) with next
- * hops, and the addresses and prefixes of the interfaces. Built anew from the stores, swapped in by one pointer.
+/* What workers read of the routes: an immutable longest-prefix trie (16-8-8 bits, so one to three loads)
+ * with next hops, and the addresses and prefixes of the interfaces. Built anew from the stores, swapped in
+ * by one pointer.
  */
 #include <arpa/inet.h>
 #include <linux/rtnetlink.h>

@@ -10,8 +10,8 @@
  * CLIENTS_MAX that would make others wait. A line longer than REQUEST_BYTES_MAX is answered with an error
  * and the connection closed: where the next request begins cannot be known.
  *
- * Who may connect is a matter of file permissions: the socket has mode 0660, its group is `dsnat` where there is such a group, else
- * the daemon's own.
+ * Who may connect is a matter of file permissions: the socket has mode 0660, its group is `dsnat` where
+ * there is such a group, else the daemon's own.
  */
 #include "socket.h"
 
@@ -304,7 +304,8 @@ static bool is_live(const struct sockaddr_un *address)
 	return live;
 }
 
-/* Members of the group may do what the daemon's owner may. Without the group, or the right to give it, only he may. */
+/* Members of the group may do what the daemon's owner may. Without the group, or the right to give it,
+ * only he may. */
 static void give_to_group(const char *path)
 {
 	const char *name = getenv("DSNATD_GROUP");

@@ -9,8 +9,9 @@
  *	COMPARE     one range of places after the other is summed up, without those on their way. The peer answers with
  *	RESULT      whether its sum is the same. If not, and nothing of the range was told meanwhile, all of the range is told again.
  *
- * Every datagram acknowledges what has come. Numbers, times and memory are bounded whatever the peer sends: places beyond the
- * size that it has announced are left alone, and what is not sealed with the pair's key is counted and forgotten.
+ * Every datagram acknowledges what has come. Numbers, times and memory are bounded whatever the peer
+ * sends: places beyond the size that it has announced are left alone, and what is not sealed with the
+ * pair's key is counted and forgotten.
  */
 #include "sync.h"
 
@@ -388,7 +389,8 @@ static void take_entries(struct sync *s, const struct sync_packet *packet)
 	struct nat_replica replica;
 
 	while (s->n_items < SYNC_BATCH * SYNC_ENTRIES_MAX && sync_get(packet, &at, &replica)) {
-		/* numbers are compared over half their range: a place that is quiet for longer takes any word */
+		/* numbers are compared over half their range: a place that is quiet for longer takes any
+		 * word */
 		s->item[s->n_items++] = (struct sync_item){
 			.replica = replica, .number = (uint32_t)packet->number | (packet->number == 0)};
 		s->seen.heard++;
@@ -417,8 +419,8 @@ static void take_packet(struct sync *s, const uint8_t *bytes, size_t n_bytes)
 		return;
 	}
 	if (memcmp(packet.head.echo, s->epoch, SYNC_EPOCH_BYTES) != 0) {
-		/* It does not know us yet, or this was recorded before we began: it gets our epoch, which only one
-		 * that lives can send back. */
+		/* It does not know us yet, or this was recorded before we began: it gets our epoch, which
+		 * only one that lives can send back. */
 		uint8_t known[SYNC_EPOCH_BYTES];
 		if (clock_ns() - s->hello_ns < 50000000u)
 			return;

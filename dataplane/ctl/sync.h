@@ -1,7 +1,8 @@
 /* The sessions of a pair, kept equal over UDP: each gateway tells the other one its own (core/replica.h).
  *
- * Runs on the control thread, and asks the workers between two bursts, as all that looks at tables does. What it needs of
- * memory is allocated at start, or when a peer has said how large its table is, and does not grow with the backlog.
+ * Runs on the control thread, and asks the workers between two bursts, as all that looks at tables does.
+ * What it needs of memory is allocated at start, or when a peer has said how large its table is, and does
+ * not grow with the backlog.
  */
 #ifndef SYNC_H
 #define SYNC_H

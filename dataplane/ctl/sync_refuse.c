@@ -1,5 +1,6 @@
-/* What came in our peer's name and is not taken: of another version of these datagrams, or not sealed with our key. It is counted, and
- * said once to the operator while there is no peer; both gateways serve meanwhile, each with its own sessions.
+/* What came in our peer's name and is not taken: of another version of these datagrams, or not sealed with
+ * our key. It is counted, and said once to the operator while there is no peer; both gateways serve
+ * meanwhile, each with its own sessions.
  */
 #include <arpa/inet.h>
 #include <stdio.h>

@@ -152,8 +152,8 @@ static void name_conflict(struct sync *s, const struct nat_replica *r)
 		 ntohs(r->out_port_be), r->inside.protocol);
 }
 
-/* `record` stands for the place from now on. What stood for it before has ended at the peer: it had no word of its own, because
- * a place is told as it is by then. */
+/* `record` stands for the place from now on. What stood for it before has ended at the peer: it had no
+ * word of its own, because a place is told as it is by then. */
 static void stand_for(struct step *step, uint32_t slot, uint32_t record)
 {
 	struct sync *s = step->s;
@@ -289,7 +289,8 @@ bool sync_take_orphans(struct sync *s)
 
 /* ---- comparing ---- */
 
-/* A sum is keyed by the epoch of the one that tells: nobody can choose sessions whose sums cancel each other out. */
+/* A sum is keyed by the epoch of the one that tells: nobody can choose sessions whose sums cancel each
+ * other out. */
 static struct nat_key key_of(const uint8_t epoch[SYNC_EPOCH_BYTES])
 {
 	struct nat_key key;

@@ -1,4 +1,5 @@
-/* Sealing, and the order of bytes. See sync_wire.h. Numbers go in network order; addresses and ports stand as they do in packets. */
+/* Sealing, and the order of bytes. See sync_wire.h. Numbers go in network order; addresses and ports stand
+ * as they do in packets. */
 #include "sync_wire.h"
 
 #include <errno.h>

@@ -2,10 +2,11 @@
  *
  *	"DSNS" version 0 0 0 | epoch 16 | number 8 |  sealed: head, entries | tag 16
  *
- * Sealed by XChaCha20-Poly1305 (libsodium) with the pair's key; what stands before the seal is authenticated with it. The
- * nonce is epoch and number: an epoch is drawn at random at each start, a number is used once in it. What was recorded in an
- * earlier epoch of ours is not taken, because a packet must name our epoch (`echo`); what was recorded in this one is not taken twice, neither
- * from the peer that lives nor from what it was before its last starts.
+ * Sealed by XChaCha20-Poly1305 (libsodium) with the pair's key; what stands before the seal is
+ * authenticated with it. The nonce is epoch and number: an epoch is drawn at random at each start, a
+ * number is used once in it. What was recorded in an earlier epoch of ours is not taken, because a packet
+ * must name our epoch (`echo`); what was recorded in this one is not taken twice, neither from the peer
+ * that lives nor from what it was before its last starts.
  */
 #ifndef SYNC_WIRE_H
 #define SYNC_WIRE_H
@@ -86,7 +87,8 @@ bool sync_get(const struct sync_packet *packet, size_t *at, struct nat_replica *
 void sync_put_compare(struct sync_packet *packet, const struct sync_compare *compare);
 bool sync_get_compare(const struct sync_packet *packet, struct sync_compare *compare);
 
-/* The pair's key: 64 hexadecimal digits in a file that only its owner can read. False and a sentence that does not hold it. */
+/* The pair's key: 64 hexadecimal digits in a file that only its owner can read. False and a sentence that
+ * does not hold it. */
 bool sync_read_key(const char *path, uint8_t key[SYNC_KEY_BYTES], char *why, size_t why_bytes);
 
 #endif

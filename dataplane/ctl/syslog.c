@@ -1,13 +1,15 @@
-/* Syslog: everything an event holds stands in structured data, so that no collector has to take a sentence apart.
+/* Syslog: everything an event holds stands in structured data, so that no collector has to take a sentence
+ * apart.
  *
  *	<134>1 2026-11-23T07:00:00.000123Z gw1 dsnatd - session-create [nat@32473 pool="g1" protocol="tcp"
  *	host="100.64.0.2" hostPort="40000" public="203.0.113.1" publicPort="5000" worker="0"][meta sequenceId="7"]
  *
- * Facility local0; severity info for the life of mappings, warning for refusals. The enterprise number is the one
- * reserved for documentation (RFC 5612). sequenceId counts lines of this collector, lost ones included, so a gap
- * is a loss.
+ * Facility local0; severity info for the life of mappings, warning for refusals. The enterprise number is
+ * the one reserved for documentation (RFC 5612). sequenceId counts lines of this collector, lost ones
+ * included, so a gap is a loss.
  *
- * Lines are put together by hand: at some hundred thousand a second printf would be the larger half of the work.
+ * Lines are put together by hand: at some hundred thousand a second printf would be the larger half of the
+ * work.
  */
 #include "syslog.h"
 

@@ -65,8 +65,8 @@ static enum status open_devices(struct daemon *d)
 	return STOPPED;
 }
 
-/* The queues come first, so that a second daemon by mistake does not touch the rules of the first; and nothing
- * is forwarded before the rules stand, because it is the worker that turns forwarding on. */
+/* The queues come first, so that a second daemon by mistake does not touch the rules of the first; and
+ * nothing is forwarded before the rules stand, because it is the worker that turns forwarding on. */
 static enum status open_queues(struct daemon *d)
 {
 	const struct nat_config *config = &d->plan->config->nat;
@@ -376,7 +376,8 @@ static void stop(struct daemon *d)
 	free(d->workers);
 }
 
-/* How long a hot restart is dark is seen here: all of this, and what the kernel needs to end the process before. */
+/* How long a hot restart is dark is seen here: all of this, and what the kernel needs to end the process
+ * before. */
 static void say_ready(const struct daemon *d)
 {
 	const uint64_t *at = d->moment_ns, now_ns = thread_clock_ns();

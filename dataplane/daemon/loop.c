@@ -1,4 +1,5 @@
-/* The control thread: it waits for signals, ticks, netlink, clients, the peer, and serves them one after another.
+/* The control thread: it waits for signals, ticks, netlink, clients, the peer, and serves them one after
+ * another.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -67,8 +68,9 @@ static void links(struct daemon *d)
 		daemon_announce_again(d);
 }
 
-/* Alive is a daemon whose workers all make rounds. systemd hears nothing while one hangs, and would end us in the end; without systemd,
- * and sooner, we do it ourselves. Not by stop(), which waits for the workers. The sessions are in memory that stays. */
+/* Alive is a daemon whose workers all make rounds. systemd hears nothing while one hangs, and would end us
+ * in the end; without systemd, and sooner, we do it ourselves. Not by stop(), which waits for the workers.
+ * The sessions are in memory that stays. */
 static void watchdog(struct daemon *d)
 {
 	bool alive = true;

@@ -1,5 +1,6 @@
-/* What runs now: the plan (configuration and policy) and the routes, each swapped in by one pointer; what was swapped
- * out is freed when every worker has passed. Announcements follow, since a new plan may own other addresses.
+/* What runs now: the plan (configuration and policy) and the routes, each swapped in by one pointer; what
+ * was swapped out is freed when every worker has passed. Announcements follow, since a new plan may own
+ * other addresses.
  */
 #include <stdio.h>
 #include <stdlib.h>

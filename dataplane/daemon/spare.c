@@ -1,20 +1,22 @@
-/* A second process, prepared, that goes on when this one dies (`engine.spare: on`): it has done all that takes long and
- * disturbs nobody, and waits.
+/* A second process, prepared, that goes on when this one dies (`engine.spare: on`): it has done all that
+ * takes long and disturbs nobody, and waits.
  *
  *	PREPARING  has read the configuration; starts DPDK without a device, gets its memory, maps the sessions
  *	WAITING    may: end.  may not: touch a device, the sessions, or a file of the running process
  *	HEIR       the other one is dead: opens the devices, adopts the sessions, goes on as any dsnatd. When it is ready it
  *	           starts the next spare
  *
- * How it hears of the death is what makes it fast. The kernel needs a tenth of a second to end a process that has
- * packet sockets and memory, and a parent, or a file lock, hears of it after that. But robust mutexes of a dying thread are
- * given up before anything else, when that thread can no longer run in user mode. So each thread that writes to the sessions
- * holds one, in memory of both processes (struct will), and who gets all of them knows that nobody writes any more. One that was
- * unlocked in good order says that dsnatd was stopped: there is nothing to inherit.
+ * How it hears of the death is what makes it fast. The kernel needs a tenth of a second to end a process
+ * that has packet sockets and memory, and a parent, or a file lock, hears of it after that. But robust
+ * mutexes of a dying thread are given up before anything else, when that thread can no longer run in user
+ * mode. So each thread that writes to the sessions holds one, in memory of both processes (struct will),
+ * and who gets all of them knows that nobody writes any more. One that was unlocked in good order says
+ * that dsnatd was stopped: there is nothing to inherit.
  *
- * Three descriptors are handed down, so that at no moment they are nobody's: the will; the session file, whose lock
- * belongs to the open file and keeps a third dsnatd away; the control socket, whose clients wait in its backlog meanwhile.
- * What the dead process may still have open (ports of UDP, netfilter queues, PCI devices) is waited for by its pidfd.
+ * Three descriptors are handed down, so that at no moment they are nobody's: the will; the session file,
+ * whose lock belongs to the open file and keeps a third dsnatd away; the control socket, whose clients
+ * wait in its backlog meanwhile. What the dead process may still have open (ports of UDP, netfilter
+ * queues, PCI devices) is waited for by its pidfd.
  */
 #include <errno.h>
 #include <fcntl.h>

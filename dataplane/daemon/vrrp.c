@@ -1,5 +1,5 @@
-/* What VRRP is told of us, and what of VRRP is believed: our standing in the pair (io/standing.h), whose an address is that was there
- * before us (io/tenure.h), and a second master (io/rival.h).
+/* What VRRP is told of us, and what of VRRP is believed: our standing in the pair (io/standing.h), whose
+ * an address is that was there before us (io/tenure.h), and a second master (io/rival.h).
  */
 #include "daemon.h"
 

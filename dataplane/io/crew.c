@@ -1,5 +1,5 @@
-/* See crew.h. `auto` takes the CPUs that were isolated for this purpose; where there are none, one in two of those that
- * the daemon may use, and not more than AUTO_MAX, because the machine has other work too. */
+/* See crew.h. `auto` takes the CPUs that were isolated for this purpose; where there are none, one in two
+ * of those that the daemon may use, and not more than AUTO_MAX, because the machine has other work too. */
 #include "crew.h"
 
 #include <sched.h>

@@ -114,7 +114,8 @@ uint64_t memory_available(void)
 	return kb ? kb << 10 : UINT64_MAX; /* not known: try */
 }
 
-/* Plain pages are promised freely and missing when they are touched: then the kernel kills somebody, or sends SIGBUS. So ask before. */
+/* Plain pages are promised freely and missing when they are touched: then the kernel kills somebody, or
+ * sends SIGBUS. So ask before. */
 static bool is_there(uint64_t bytes)
 {
 	if (bytes <= memory_available())

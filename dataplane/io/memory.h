@@ -17,8 +17,9 @@ struct memory {
 /* The default place of the session file: on hugetlbfs when it has room for `bytes`, else in /dev/shm. */
 void memory_session_path(size_t bytes, bool no_huge, char *path, size_t path_bytes);
 
-/* Maps the session file, made if it is not there, and touches every page. A smaller one grows, by zeros; a larger one is mapped
- * as it is, until memory_trim(). An empty path: memory that ends with the process. 0, or -1 and a sentence in `why`. */
+/* Maps the session file, made if it is not there, and touches every page. A smaller one grows, by zeros; a
+ * larger one is mapped as it is, until memory_trim(). An empty path: memory that ends with the process. 0,
+ * or -1 and a sentence in `why`. */
 int memory_sessions(struct memory *m, const char *path, size_t bytes, char *why, size_t why_bytes);
 /* The same for a descriptor of it that another process has opened, locked and given the right size. */
 int memory_inherit(struct memory *m, int fd, size_t bytes, char *why, size_t why_bytes);

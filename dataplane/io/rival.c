@@ -1,9 +1,10 @@
-/* A gateway that was cut off from its peer, or stood still for a while, may think that it is the master when the other one
- * has taken over. When that heals, VRRP lets one of them step back; the one that stays did not become master again,
- * so nothing else would make it announce its addresses, and the neighbours would go on sending to the other one.
+/* A gateway that was cut off from its peer, or stood still for a while, may think that it is the master
+ * when the other one has taken over. When that heals, VRRP lets one of them step back; the one that stays
+ * did not become master again, so nothing else would make it announce its addresses, and the neighbours
+ * would go on sending to the other one.
  *
- * So each ARP frame from outside is looked at: does somebody else claim an address of ours? A second later, when the one
- * that had to has stepped back, we claim it again if it is still ours.
+ * So each ARP frame from outside is looked at: does somebody else claim an address of ours? A second
+ * later, when the one that had to has stepped back, we claim it again if it is still ours.
  */
 #include "rival.h"
 

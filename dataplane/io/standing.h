@@ -1,4 +1,5 @@
-/* How this gateway stands in its pair, for keepalived: a number in a file that it adds to its priority (track_file).
+/* How this gateway stands in its pair, for keepalived: a number in a file that it adds to its priority
+ * (track_file).
  *
  *	   0   well
  *	 -80   a pool has no port left, and the peer holds the same sessions with more addresses, or at least no fewer
@@ -7,9 +8,10 @@
  *	-254   nothing is translated: a worker makes no rounds, or a whole side has no link. keepalived takes that as a fault,
  *	       and gives the addresses away at once, also without preemption
  *
- * The master's own word is the truth about its sessions, so it is never lowered for the sync's sake: when the link between the two breaks
- * nothing moves. Nor does anything move when the engine dies, because then nobody writes; it is back in a moment. A peer with the same
- * addresses lowers itself together with an exhausted master: it could do no better, and the address would go to and fro.
+ * The master's own word is the truth about its sessions, so it is never lowered for the sync's sake: when
+ * the link between the two breaks nothing moves. Nor does anything move when the engine dies, because then
+ * nobody writes; it is back in a moment. A peer with the same addresses lowers itself together with an
+ * exhausted master: it could do no better, and the address would go to and fro.
  */
 #ifndef STANDING_H
 #define STANDING_H
@@ -33,7 +35,8 @@ struct standing_facts {
 	const struct sync_view *sync; /* NULL: no peer */
 };
 
-/* `socket` is the control socket's path: with the usual one the file is /run/dsnatd/vrrp, else it stands beside it. */
+/* `socket` is the control socket's path: with the usual one the file is /run/dsnatd/vrrp, else it stands
+ * beside it. */
 void standing_open(struct standing *s, const char *socket, bool usual);
 
 /* Control thread, now and then. A file that cannot be written is said once. */

@@ -1,9 +1,10 @@
 /* Whose are the VRRP addresses that stand in the kernel when the engine starts?
  *
- * While no engine ran, nothing was heard of the peer, because adverts come by the engine: keepalived may have made itself master. To
- * serve at once would take the traffic away from the real master, until VRRP has settled it. So a small file beside the control
- * socket tells which addresses were ours when the engine before this one died: those are ours still. Any other that is here
- * already, or comes in the first moments, is doubted for TENURE_DOUBT_NS, in which the peer's next advert makes keepalived step back.
+ * While no engine ran, nothing was heard of the peer, because adverts come by the engine: keepalived may
+ * have made itself master. To serve at once would take the traffic away from the real master, until VRRP
+ * has settled it. So a small file beside the control socket tells which addresses were ours when the
+ * engine before this one died: those are ours still. Any other that is here already, or comes in the first
+ * moments, is doubted for TENURE_DOUBT_NS, in which the peer's next advert makes keepalived step back.
  */
 #ifndef TENURE_H
 #define TENURE_H

@@ -37,8 +37,8 @@ void thread_close(struct thread *t)
 	t->wake_fd = -1;
 }
 
-/* Another thread could not deliver what this worker had passed or forwarded: that turns into a drop, here, by the
- * owner. */
+/* Another thread could not deliver what this worker had passed or forwarded: that turns into a drop, here,
+ * by the owner. */
 static void count_back(struct thread *t)
 {
 	struct nat_pkt forwarded = {.verdict = NAT_FORWARD, .reason = NAT_REASON_OK};
@@ -60,7 +60,8 @@ static void count_back(struct thread *t)
 
 void thread_attend(struct thread *t, uint64_t generation, uint64_t now_ns)
 {
-	/* In this order: a job was given after the plan that its giver goes by, and must not run under the one before. */
+	/* In this order: a job was given after the plan that its giver goes by, and must not run under the
+	 * one before. */
 	struct thread_job *job = atomic_exchange(&t->job, NULL);
 	const struct plan *plan = atomic_load_explicit(&t->next_plan, memory_order_acquire);
 

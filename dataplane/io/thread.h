@@ -84,8 +84,8 @@ static inline void thread_between_bursts(struct thread *t, uint64_t now_ns)
 		thread_attend(t, generation, now_ns);
 }
 
-/* Sleeps until thread_wake(), until one of the descriptors (-1: none) is readable, or for `wait_us`. `pending`
- * is asked once more after the worker has said that it sleeps, so that no wake-up is lost. */
+/* Sleeps until thread_wake(), until one of the descriptors (-1: none) is readable, or for `wait_us`.
+ * `pending` is asked once more after the worker has said that it sleeps, so that no wake-up is lost. */
 void thread_sleep(struct thread *t, int ports_fd, int queue_fd, uint32_t wait_us,
 		  bool (*pending)(void *context), void *context);
 

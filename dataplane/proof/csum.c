@@ -1,5 +1,5 @@
-/* The checksum: folding, and the update of RFC 1624 against full recomputation. csum.smt2 goes on where this takes
- * too long. */
+/* The checksum: folding, and the update of RFC 1624 against full recomputation. csum.smt2 goes on where
+ * this takes too long. */
 #include "proof.h"
 
 #include "../core/csum.h"
@@ -32,10 +32,9 @@ void proof_plus_is_associative(void)
 	assert(plus(plus(a, b), c) == plus(a, plus(b, c)) && plus(a, b) == plus(b, a));
 }
 
-/* Claim: after one word changes, the updated checksum is the one that full recomputation gives.
- * For: every old and new word and every sum of the rest, unless all that is summed is zero afterwards (an ICMP
- * message only: rewrite.c mends that case).
- * cbmc: */
+/* Claim: after one word changes, the updated checksum is the one that full recomputation gives. For: every
+ * old and new word and every sum of the rest, unless all that is summed is zero afterwards (an ICMP
+ * message only: rewrite.c mends that case). cbmc: */
 void proof_update_of_a_word(void)
 {
 	const uint16_t rest = nondet_u16(), old = nondet_u16(), new = nondet_u16();
@@ -58,9 +57,8 @@ void proof_update_keeps_a_wrong_checksum_wrong(void)
 	assert(plus(plus(rest, new), updated) != UINT16_MAX);
 }
 
-/* Claim: nat_csum_bytes() reads exactly the bytes it is given, and a message that carries it sums to all ones.
- * For: every message of 4 to 8 bytes, odd lengths included.
- * cbmc: --unwind 6 */
+/* Claim: nat_csum_bytes() reads exactly the bytes it is given, and a message that carries it sums to all
+ * ones. For: every message of 4 to 8 bytes, odd lengths included. cbmc: --unwind 6 */
 void proof_sum_of_bytes(void)
 {
 	const size_t bytes = nondet_u8();

@@ -1,7 +1,7 @@
 /* The index: which ways of a bucket fit a tag, and where an entry's other bucket is.
  *
- * The lanes are compared by nat_equal_lanes() as C17 has it; that the SSE2 form gives the same is core/index_test.c's
- * to show. */
+ * The lanes are compared by nat_equal_lanes() as C17 has it; that the SSE2 form gives the same is
+ * core/index_test.c's to show. */
 #undef __SSE2__
 #include "proof.h"
 

@@ -1,10 +1,9 @@
 /* Port sets: a free port is found if and only if there is one, and never one that is taken. take.c goes on. */
 #include "portset.h"
 
-/* Claim: when a session ends, its port is free in the set, unless the configuration forwards it, and nothing else
- * changes.
- * For: every content over 2 words and every port of them.
- * cbmc: --unwind 65 --max-field-sensitivity-array-size 1024 --slice-formula */
+/* Claim: when a session ends, its port is free in the set, unless the configuration forwards it, and
+ * nothing else changes. For: every content over 2 words and every port of them. cbmc: --unwind 65
+ * --max-field-sensitivity-array-size 1024 --slice-formula */
 void proof_release(void)
 {
 	struct nat_policy policy;

@@ -45,7 +45,8 @@ const struct nat_static *nat_policy_static(const struct nat_policy *policy, unsi
 	return has_bit(forwarded, port) ? &one_static : NULL;
 }
 
-/* A set is a cache: a word that it knows is the truth, and it calls a word full exactly if it knows it as full. */
+/* A set is a cache: a word that it knows is the truth, and it calls a word full exactly if it knows it as
+ * full. */
 static bool agrees(const struct nat_portset *set)
 {
 	bool good = true;

@@ -1,10 +1,10 @@
 /* What the proofs share. They are read by CBMC, never linked: `make prove` (tests/prove.py).
  *
- * A function proof_NAME() stands for every execution: what nondet_*() returns is any value at all, assume()
- * leaves out the cases that a claim does not speak of, assert() is the claim. The comment above it says what is
- * claimed and for which sizes; its line "cbmc:" gives the options. Besides the assertions CBMC shows that there
- * is no access outside an object, no overflow of a signed number and no shift too far, and that no loop runs
- * longer than it was unwound.
+ * A function proof_NAME() stands for every execution: what nondet_*() returns is any value at all,
+ * assume() leaves out the cases that a claim does not speak of, assert() is the claim. The comment above
+ * it says what is claimed and for which sizes; its line "cbmc:" gives the options. Besides the assertions
+ * CBMC shows that there is no access outside an object, no overflow of a signed number and no shift too
+ * far, and that no loop runs longer than it was unwound.
  *
  * A file under proof is included whole, so that its static functions can be called. What it calls in other
  * files is replaced by a model, or it is left open and may return anything.

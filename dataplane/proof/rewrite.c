@@ -1,8 +1,8 @@
 /* Bounds: no byte outside a packet is read or written, and of the packet only the fields of a translation.
  *
- * The packet is an object of exactly its length, filled with any bytes; what parse.c leaves unsettled is rewritten with any
- * session, in any direction. Sums are any number here, the same each time (csum.c proves them), but the bytes under a sum
- * must be there.
+ * The packet is an object of exactly its length, filled with any bytes; what parse.c leaves unsettled is
+ * rewritten with any session, in any direction. Sums are any number here, the same each time (csum.c
+ * proves them), but the bytes under a sum must be there.
  */
 #undef __SSE2__
 #include "proof.h"
@@ -101,8 +101,9 @@ static void any_session(void)
 	session.out_port_be = nondet_u16();
 }
 
-/* What parse.c promises of a packet that it leaves unsettled, and all that rewriting relies on: assumed here, since the
- * same claim about parse.c had no answer in ten minutes; the fuzzer and test_bad_input.py try it. */
+/* What parse.c promises of a packet that it leaves unsettled, and all that rewriting relies on: assumed
+ * here, since the same claim about parse.c had no answer in ten minutes; the fuzzer and test_bad_input.py
+ * try it. */
 static bool is_sound(const struct nat_pkt *pkt)
 {
 	const uint8_t *l4 = pkt->l3 + pkt->l4_offset;
@@ -149,10 +150,9 @@ static struct nat_pkt any_parsed_packet(void)
 }
 
 /* Claim: rewriting a packet that parsing has left touches no byte outside it, and changes only TTL, the
- * identification of a fragment, the address, port or identifier of one end, and checksums.
- * For: every TCP, UDP and ICMP query packet of 20 to 64 bytes, fragments too, both directions, every session; no MSS
- * to be lowered (which is the next claim).
- * cbmc: --unwind 2 */
+ * identification of a fragment, the address, port or identifier of one end, and checksums. For: every TCP,
+ * UDP and ICMP query packet of 20 to 64 bytes, fragments too, both directions, every session; no MSS to be
+ * lowered (which is the next claim). cbmc: --unwind 2 */
 void proof_rewrite(void)
 {
 	struct nat_pkt pkt = any_parsed_packet();
@@ -178,10 +178,9 @@ void proof_rewrite(void)
 	       in_range(at, l4 + port, 2) || in_range(at, l4 + checksum, 2));
 }
 
-/* Claim: a packet of a known session that known.c takes is changed in TTL, one address, one port and checksums, and
- * nothing outside it is touched.
- * For: every packet of 20 to 64 bytes that is_plain() admits, both directions, every session.
- * cbmc: --unwind 2 */
+/* Claim: a packet of a known session that known.c takes is changed in TTL, one address, one port and
+ * checksums, and nothing outside it is touched. For: every packet of 20 to 64 bytes that is_plain()
+ * admits, both directions, every session. cbmc: --unwind 2 */
 void proof_known(void)
 {
 	struct nat_pkt pkt = any_parsed_packet();
@@ -199,10 +198,9 @@ void proof_known(void)
 	       in_range(at, l4 + checksum, 2));
 }
 
-/* Claim: lowering the MSS touches no byte outside the TCP segment, and changes only its checksum and bytes among its
- * options.
- * For: every segment of 20, 24 or 28 bytes, so up to 8 bytes of options, whatever they are.
- * cbmc: --unwind 29 */
+/* Claim: lowering the MSS touches no byte outside the TCP segment, and changes only its checksum and bytes
+ * among its options. For: every segment of 20, 24 or 28 bytes, so up to 8 bytes of options, whatever they
+ * are. cbmc: --unwind 29 */
 void proof_clamp_mss(void)
 {
 	static uint8_t least[20], some[24], more[28];
@@ -226,11 +224,11 @@ void proof_clamp_mss(void)
 	       in_range(at, NAT_TCP_HEADER_BYTES, header - NAT_TCP_HEADER_BYTES));
 }
 
-/* Claim: reading and rewriting an ICMP error touches no byte outside the packet; of the error TTL, both addresses and
- * checksums change, of the packet that it quotes one address, one port or identifier, and checksums.
- * For: every error of 68 bytes without IP options, with whatever it quotes and however long that says it is, both
- * directions, every session.
- * cbmc: --unwind 69 --max-field-sensitivity-array-size 128 */
+/* Claim: reading and rewriting an ICMP error touches no byte outside the packet; of the error TTL, both
+ * addresses and checksums change, of the packet that it quotes one address, one port or identifier, and
+ * checksums. For: every error of 68 bytes without IP options, with whatever it quotes and however long
+ * that says it is, both directions, every session. cbmc: --unwind 69 --max-field-sensitivity-array-size
+ * 128 */
 void proof_icmp_error(void)
 {
 	static uint8_t bytes[68];

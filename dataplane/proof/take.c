@@ -1,11 +1,11 @@
-/* Port sets: the choice of a port, in sets of 4096 ports (64 words), of which the first two words are used; one worker. */
+/* Port sets: the choice of a port, in sets of 4096 ports (64 words), of which the first two words are
+ * used; one worker. */
 #define NAT_PORT_WORDS 64u
 #include "portset.h"
 
-/* Claim: learn_word() makes a word the truth: taken exactly where the index holds the tuple or the configuration forwards the
- * port; no other word changes.
- * For: every content of 2 words; the second one, which stands for all: no other is looked at.
- * cbmc: --unwind 65 */
+/* Claim: learn_word() makes a word the truth: taken exactly where the index holds the tuple or the
+ * configuration forwards the port; no other word changes. For: every content of 2 words; the second one,
+ * which stands for all: no other is looked at. cbmc: --unwind 65 */
 void proof_learn_word(void)
 {
 	struct nat_policy policy;
@@ -23,9 +23,10 @@ void proof_learn_word(void)
 }
 
 /* Claim: take_pattern() without a budget gives a port if and only if one of the span is free and fits the
- * pattern; the port is such a one, and afterwards the set knows it as taken and is the truth about all others.
- * For: every span and every content over 2 words, which are known already or have just been learned, every pattern and chance.
- * cbmc: --unwind 4 --unwindset learn_word.0:1,learn_word.1:1,learn_word.2:1,learn_word.3:1 */
+ * pattern; the port is such a one, and afterwards the set knows it as taken and is the truth about all
+ * others. For: every span and every content over 2 words, which are known already or have just been
+ * learned, every pattern and chance. cbmc: --unwind 4 --unwindset
+ * learn_word.0:1,learn_word.1:1,learn_word.2:1,learn_word.3:1 */
 void proof_take_pattern(void)
 {
 	struct nat_policy policy;

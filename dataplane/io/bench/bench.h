@@ -133,18 +133,19 @@ void measure_stages(struct load *load, uint8_t iface, bool new, uint32_t n_rings
 /* Everything expires; several windows come of it. */
 void measure_expiry(struct load *load, struct figure *figure);
 
-/* Cycles from the receive to the transmit call of single bursts: every packet of a burst waits for the whole of it. */
+/* Cycles from the receive to the transmit call of single bursts: every packet of a burst waits for the
+ * whole of it. */
 struct latency {
 	double p50, p99, p999;
 };
 
-/* `shape` says what is in the way: bursts of known sessions only; every packet a new one every other burst; a backlog
- * of sessions whose time is over, of which each burst ends its share. */
+/* `shape` says what is in the way: bursts of known sessions only; every packet a new one every other
+ * burst; a backlog of sessions whose time is over, of which each burst ends its share. */
 enum shape { SHAPE_KNOWN, SHAPE_NEW, SHAPE_OVER };
 struct latency measure_latency(struct load *load, enum shape shape, uint32_t bursts);
 
-/* Cycles of one packet of a known session while the other half of its burst is a SYN flood, the flood's own share taken
- * off; and alone. */
+/* Cycles of one packet of a known session while the other half of its burst is a SYN flood, the flood's
+ * own share taken off; and alone. */
 void measure_flood(struct load *load, uint32_t n_rings, double *alone, double *flooded);
 
 #endif

@@ -1,5 +1,5 @@
-/* dsnat-eal-bench: DPDK's own start, and nothing else: milliseconds that rte_eal_init() takes with the arguments given. What a
- * restart of dsnatd takes is judged beside that (tests/restarts.py).
+/* dsnat-eal-bench: DPDK's own start, and nothing else: milliseconds that rte_eal_init() takes with the
+ * arguments given. What a restart of dsnatd takes is judged beside that (tests/restarts.py).
  */
 #include <rte_eal.h>
 #include <stdio.h>

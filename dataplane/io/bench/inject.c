@@ -1,9 +1,10 @@
 /* libdsnat-inject.so: traffic for a DPDK program that knows nothing of it (tests/bench/ports.py drives it).
  *
- * Preloaded into dsnatd or dpdk-testpmd, it hangs callbacks on the ports that it is told of: what they receive becomes
- * the next packets of so many flows, written over whatever the device gave; what they send is looked at. So both
- * programs run unchanged, get the same packets at the same cost, and differ only in what they do with them. On
- * net_null, which always has a burst, a packet then costs the worker's processor time in a window divided by its packets.
+ * Preloaded into dsnatd or dpdk-testpmd, it hangs callbacks on the ports that it is told of: what they
+ * receive becomes the next packets of so many flows, written over whatever the device gave; what they send
+ * is looked at. So both programs run unchanged, get the same packets at the same cost, and differ only in
+ * what they do with them. On net_null, which always has a burst, a packet then costs the worker's
+ * processor time in a window divided by its packets.
  *
  *	DSNAT_INJECT_INSIDE   the device that hosts are behind, as "net_null0"
  *	DSNAT_INJECT_OUTSIDE  the device that answers come from; without it, there are none
@@ -13,11 +14,11 @@
  *	DSNAT_INJECT_WATCH    a device whose packets are only counted, with the cycles from each burst to the next look
  *	                      for one: what they cost where a port is not always full
  *
- * First each flow speaks once, in order, again and again until all have been seen leaving (only then is it known where
- * answers must go). Then flows are drawn at random. A line on stderr for each window of a queue tells cycles for a packet
- * (TSC), or with LATENCY quantiles. With several queues a flow's requests come to the queue that the port's own RSS key
- * and table lead to, its answers to the queue whose worker sent the request, which is where RSS would bring them if the
- * engine chose the port for it.
+ * First each flow speaks once, in order, again and again until all have been seen leaving (only then is it
+ * known where answers must go). Then flows are drawn at random. A line on stderr for each window of a
+ * queue tells cycles for a packet (TSC), or with LATENCY quantiles. With several queues a flow's requests
+ * come to the queue that the port's own RSS key and table lead to, its answers to the queue whose worker
+ * sent the request, which is where RSS would bring them if the engine chose the port for it.
  */
 #include <dlfcn.h>
 #include <pthread.h>

@@ -1,19 +1,21 @@
 /* dsnat-kill: SIGKILL at a random moment, thousands of times, and what the next engine finds.
  *
- * The session table lies in shared memory, as the daemon's does in its file. A child runs the real core on it under
- * load; the parent kills it at a random moment, anywhere between its first instruction and the middle of a burst, and
- * forks the next one, which adopts the table, audits it, and goes on with the load. Every other run has another pool.
+ * The session table lies in shared memory, as the daemon's does in its file. A child runs the real core on
+ * it under load; the parent kills it at a random moment, anywhere between its first instruction and the
+ * middle of a burst, and forks the next one, which adopts the table, audits it, and goes on with the load.
+ * Every other run has another pool.
  *
- * What the outside has seen is written down in the *ledger*, shared as well, behind the engine's back: the outside
- * address and port of each flow when its packet has left, crossed out before the packets that may end the flow. So
- * whenever the child dies the ledger says less than the engine has promised, never more. The audit asks for
+ * What the outside has seen is written down in the *ledger*, shared as well, behind the engine's back: the
+ * outside address and port of each flow when its packet has left, crossed out before the packets that may
+ * end the flow. So whenever the child dies the ledger says less than the engine has promised, never more.
+ * The audit asks for
  *
  *   - each flow of the ledger whose time is not over: a session under its tuple, with that outside address and port;
  *   - each live record: found by the index under both of its tuples, and only it (so no two share one);
  *   - records, free list, hosts, mappings' references and port blocks: the same numbers, counted from the records.
  *
- * Then the load itself compares every packet that leaves with the ledger. `--damage` changes a port in the table
- * between two lives, to show that the audit sees it.
+ * Then the load itself compares every packet that leaves with the ledger. `--damage` changes a port in the
+ * table between two lives, to show that the audit sees it.
  */
 #include <getopt.h>
 #include <signal.h>
@@ -84,8 +86,8 @@ static void complain(struct bench *b, const char *format, ...)
 
 /* ---- flows: number -> tuple ---- */
 
-/* A third each to an endpoint-dependent pool, to mappings, and to mappings with filters and port blocks. Four flows
- * share an inside port, so that mappings have more than one session. */
+/* A third each to an endpoint-dependent pool, to mappings, and to mappings with filters and port blocks.
+ * Four flows share an inside port, so that mappings have more than one session. */
 static struct nat_tuple tuple_of(uint32_t flow)
 {
 	const uint32_t kind = flow % 3, number = flow / 3;

@@ -62,7 +62,8 @@ static void print_machine(void)
 	       measure_core_per_tsc());
 }
 
-/* What an operator pays for max_sessions, all of it reserved at start: records, index, port sets; hosts apart. */
+/* What an operator pays for max_sessions, all of it reserved at start: records, index, port sets; hosts
+ * apart. */
 static void print_memory(uint64_t sessions, const struct load *load)
 {
 	const double hosts = (double)load->engine->hosts.n_slots * sizeof(struct nat_host);
@@ -117,7 +118,8 @@ static void print_latency(const struct options *options, struct load *load)
 	fflush(stdout);
 }
 
-/* A difference of two figures has no minimum that means anything: medians, and the median of the windows' ratios. */
+/* A difference of two figures has no minimum that means anything: medians, and the median of the windows'
+ * ratios. */
 static void print_flood(const struct options *options, struct load *load)
 {
 	static struct figure alone, flooded, slowed;

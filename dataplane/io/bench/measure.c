@@ -155,8 +155,8 @@ double measure_new_sessions(struct load *load, uint32_t sessions)
 	return rings_median(&rings);
 }
 
-/* The stages of nat_engine_run(), in its order; reading the counter between them adds two cycles per packet to
- * each, so their sum is more than the whole. */
+/* The stages of nat_engine_run(), in its order; reading the counter between them adds two cycles per
+ * packet to each, so their sum is more than the whole. */
 static void run_stages(struct load *load, uint32_t at, uint8_t iface, struct nat_pkt *pkt,
 		       uint64_t spent[STAGE_COUNT])
 {

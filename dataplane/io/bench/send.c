@@ -1,11 +1,13 @@
-/* dsnat-send-bench: flows for the kernel's own NAT, and what a packet costs the core (tests/bench/kernel.py drives it).
+/* dsnat-send-bench: flows for the kernel's own NAT, and what a packet costs the core
+ * (tests/bench/kernel.py drives it).
  *
  *	dsnat-send-bench INTERFACE MAC FLOWS WINDOWS [PID]
  *
- * Sends 64-byte UDP frames to MAC from a packet socket: first one of each flow, in order, then flows drawn at random, in
- * windows of 65,536 frames. On a veth the receiving end's work (forwarding, NAT) is done in the sender's own time, before
- * the system call ends; what the kernel puts off is done by the core's ksoftirqd, whose process id is PID. So a frame costs
- * what both have used, in nanoseconds of processor time. Prints "new NS" and "window NS", a frame each.
+ * Sends 64-byte UDP frames to MAC from a packet socket: first one of each flow, in order, then flows drawn
+ * at random, in windows of 65,536 frames. On a veth the receiving end's work (forwarding, NAT) is done in
+ * the sender's own time, before the system call ends; what the kernel puts off is done by the core's
+ * ksoftirqd, whose process id is PID. So a frame costs what both have used, in nanoseconds of processor
+ * time. Prints "new NS" and "window NS", a frame each.
  *
  * Exit status: 0 done, 1 the kernel refused something, 2 usage.
  */

@@ -1,11 +1,13 @@
-/* dsnat-sync: two engines in two processes, kept equal over loopback by the real ctl/sync.c, and what that costs.
+/* dsnat-sync: two engines in two processes, kept equal over loopback by the real ctl/sync.c, and what that
+ * costs.
  *
  *	active  --127.0.0.1--\                        /--127.0.0.2--  standby
  *	                      relay 127.0.0.3 | .4, with --loss
  *
- * The active side begins sessions at a rate (--rate, two-way UDP, so that none is held back), or has --fill of them before the
- * standby appears (a full transfer). At the end both must say that they are in sync, by their sums, and the standby must have as many sessions.
- * With --restart the standby is killed in the midst of it and comes back with an empty table.
+ * The active side begins sessions at a rate (--rate, two-way UDP, so that none is held back), or has
+ * --fill of them before the standby appears (a full transfer). At the end both must say that they are in
+ * sync, by their sums, and the standby must have as many sessions. With --restart the standby is killed in
+ * the midst of it and comes back with an empty table.
  */
 #include <arpa/inet.h>
 #include <getopt.h>

@@ -1,10 +1,11 @@
-/* DPDK's bonding driver gives up a member when that member's driver tells of a lost link, by an interrupt or when it is
- * asked. NICs do. net_tap only tells who asks and is not asked, net_af_packet says "up" whatever happens (DPDK 22.11),
- * and the bond would go on sending into the dark. So the control thread looks at the links itself, and moves what is
- * sent of an active-backup bond to a member that has one. Received is from all members at any time.
+/* DPDK's bonding driver gives up a member when that member's driver tells of a lost link, by an interrupt
+ * or when it is asked. NICs do. net_tap only tells who asks and is not asked, net_af_packet says "up"
+ * whatever happens (DPDK 22.11), and the bond would go on sending into the dark. So the control thread
+ * looks at the links itself, and moves what is sent of an active-backup bond to a member that has one.
+ * Received is from all members at any time.
  *
- * Where the driver has been faster only the switches are left to be told. The other modes are the driver's alone: with
- * 802.3ad a silent partner is one without a link, whatever a member says.
+ * Where the driver has been faster only the switches are left to be told. The other modes are the driver's
+ * alone: with 802.3ad a silent partner is one without a link, whatever a member says.
  */
 #include "bond.h"
 

@@ -24,8 +24,9 @@ struct bond {
 /* Once, when the bonded device has been started; `id` is its number. */
 void bond_open(struct bond *bond, uint16_t id, const struct nat_interface_config *c);
 
-/* Control thread, often: looks at each member's link. Of an active-backup bond whose active member has none another one
- * sends from now on. Its name when another one sends than the last time, whoever has seen to that; mostly NULL. */
+/* Control thread, often: looks at each member's link. Of an active-backup bond whose active member has
+ * none another one sends from now on. Its name when another one sends than the last time, whoever has seen
+ * to that; mostly NULL. */
 const char *bond_follow(struct bond *bond, uint16_t id);
 
 /* How many members have a link. */

@@ -1,8 +1,8 @@
-/* A twin and the kernel's interface of its port cannot both have the configured name, so the twin goes and the
- * interface is renamed. To keepalived and the network manager it is one that went and came back.
+/* A twin and the kernel's interface of its port cannot both have the configured name, so the twin goes and
+ * the interface is renamed. To keepalived and the network manager it is one that went and came back.
  *
- * The way back is a start without --degraded: dsnat-nic binds the devices to their DPDK driver, which removes the
- * kernel's interfaces, and the twins are made anew.
+ * The way back is a start without --degraded: dsnat-nic binds the devices to their DPDK driver, which
+ * removes the kernel's interfaces, and the twins are made anew.
  */
 #include "degrade.h"
 

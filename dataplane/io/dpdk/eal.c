@@ -251,7 +251,8 @@ static const char *value_of(const char *text, const char *option)
 	return strncmp(text, option, strlen(option)) ? NULL : text + strlen(option);
 }
 
-/* What devices() says, without the devices themselves: the PCI bus is there, with one allowed that cannot be. */
+/* What devices() says, without the devices themselves: the PCI bus is there, with one allowed that cannot
+ * be. */
 static void without_devices(struct arguments *a, uint32_t first, uint32_t n_pci)
 {
 	uint32_t n = first;

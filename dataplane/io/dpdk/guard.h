@@ -4,8 +4,8 @@
 
 #include "../../core/nat.h"
 
-/* The kernel interface of which this device gets only copies; false when it has none or takes its packets away
- * by itself. */
+/* The kernel interface of which this device gets only copies; false when it has none or takes its packets
+ * away by itself. */
 bool guard_needed(const char *device, char *kernel_interface, size_t bytes);
 
 /* Is that interface there, with a link? The drivers of such devices do not know. */

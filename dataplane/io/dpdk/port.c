@@ -3,11 +3,11 @@
  * check of the IPv4 header checksum on receive. The engine updates checksums incrementally, so transmit
  * offloads would only hide errors.
  *
- * Interfaces with a `vlan` share a device: the first of them opens it, the others are ports with a tag. Tags are
- * put on and taken off here (vlan.h), so the kernel twins and the engine never see one.
+ * Interfaces with a `vlan` share a device: the first of them opens it, the others are ports with a tag.
+ * Tags are put on and taken off here (vlan.h), so the kernel twins and the engine never see one.
  *
- * With several workers all ports get the same RSS key, and redirection tables that lead to worker after worker; what a
- * port then really has is read back (core/workers.h follows it).
+ * With several workers all ports get the same RSS key, and redirection tables that lead to worker after
+ * worker; what a port then really has is read back (core/workers.h follows it).
  *
  * One pool of packet buffers serves all ports: a packet crosses from one to another without a copy. Its size
  * is reckoned from what can be outstanding at once; a worker that leaks shows soon as `no_buffer`.
@@ -121,8 +121,9 @@ static int start_with(struct port *p, const struct rte_eth_dev_info *info, struc
 		status = rte_eth_dev_start(p->id);
 	if (status || !interrupts)
 		return status;
-	/* Some drivers take the setting and cannot do it (uio has one interrupt for everything). Is there one at all
-	 * comes first: vmxnet3 takes its number for a place in the device's memory, without a look at it. */
+	/* Some drivers take the setting and cannot do it (uio has one interrupt for everything). Is there
+	 * one at all comes first: vmxnet3 takes its number for a place in the device's memory, without a
+	 * look at it. */
 	for (uint16_t q = 0; q < p->n_queues; q++)
 		if (rte_eth_dev_rx_intr_ctl_q_get_fd(p->id, q) < 0 || rte_eth_dev_rx_intr_enable(p->id, q) ||
 		    rte_eth_dev_rx_intr_disable(p->id, q)) {

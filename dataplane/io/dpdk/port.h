@@ -83,8 +83,8 @@ int ports_open(struct ports *ports, const struct nat_config *config, uint32_t n_
 	       size_t why_bytes);
 void ports_close(struct ports *ports);
 
-/* How the ports of one role choose the worker of a packet. False: not all of them do, or not in the same way; `why` is
- * the beginning of a sentence. */
+/* How the ports of one role choose the worker of a packet. False: not all of them do, or not in the same
+ * way; `why` is the beginning of a sentence. */
 bool ports_rss(const struct ports *ports, uint32_t n_workers, bool outside, struct nat_rss *rss, char *why,
 	       size_t why_bytes);
 

@@ -42,7 +42,8 @@ struct twins {
 	pthread_t thread;
 };
 
-/* Attaches to the twin of every port, or makes it. `kept`: systemd has a queue of each from an earlier process. 0, or -1 and a sentence in `why`. */
+/* Attaches to the twin of every port, or makes it. `kept`: systemd has a queue of each from an earlier
+ * process. 0, or -1 and a sentence in `why`. */
 int twins_open(struct twins *t, struct ports *ports, uint32_t n_workers, bool kept, char *why,
 	       size_t why_bytes);
 int twins_start(struct twins *t);

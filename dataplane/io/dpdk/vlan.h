@@ -1,5 +1,5 @@
-/* 802.1Q tags, for interfaces that share a device. Hardware may have taken the tag off a received frame; else it
- * is in the frame. What it is put on to is sent with the tag in the frame.
+/* 802.1Q tags, for interfaces that share a device. Hardware may have taken the tag off a received frame;
+ * else it is in the frame. What it is put on to is sent with the tag in the frame.
  */
 #ifndef VLAN_H
 #define VLAN_H
@@ -31,8 +31,9 @@ static inline bool vlan_push(struct rte_mbuf *m, uint16_t id)
 	return true;
 }
 
-/* Whose frame is it? When it has the tag of a port of this device, the tag is taken off. With another tag it stays
- * as it is and goes to the port without one, if there is: its twin may have VLAN interfaces of the kernel. Else NULL. */
+/* Whose frame is it? When it has the tag of a port of this device, the tag is taken off. With another tag
+ * it stays as it is and goes to the port without one, if there is: its twin may have VLAN interfaces of
+ * the kernel. Else NULL. */
 static inline struct port *vlan_port(struct ports *ports, const struct port *first, struct rte_mbuf *m)
 {
 	char *frame = rte_pktmbuf_mtod(m, char *);

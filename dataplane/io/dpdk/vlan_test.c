@@ -1,4 +1,5 @@
-/* Frames of any length come to the port of their tag, or to none; what is handed on always has an Ethernet header. */
+/* Frames of any length come to the port of their tag, or to none; what is handed on always has an Ethernet
+ * header. */
 #include <assert.h>
 
 #include "vlan.h"

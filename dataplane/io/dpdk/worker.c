@@ -58,8 +58,9 @@
 
 /* ---- out of a port ---- */
 
-/* What a full queue of the port refuses is dropped, but for a few frames of the kernel that others wait for: an advert
- * is not to be lost in a flood that fills the link. They stay, and go before all others next time. */
+/* What a full queue of the port refuses is dropped, but for a few frames of the kernel that others wait
+ * for: an advert is not to be lost in a flood that fills the link. They stay, and go before all others
+ * next time. */
 static void out_refused(struct worker *w, struct port *port, struct out *out, uint32_t sent)
 {
 	uint32_t kept = 0;

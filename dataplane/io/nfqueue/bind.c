@@ -1,5 +1,6 @@
-/* A netfilter queue and its socket in the kernel. NFQA_CFG_F_GSO is not taken, so the kernel finishes checksums and splits
- * what segmentation offload joined before it asks us; NFQA_CFG_F_FAIL_OPEN is off: a full queue drops.
+/* A netfilter queue and its socket in the kernel. NFQA_CFG_F_GSO is not taken, so the kernel finishes
+ * checksums and splits what segmentation offload joined before it asks us; NFQA_CFG_F_FAIL_OPEN is off: a
+ * full queue drops.
  */
 #include <arpa/inet.h>
 #include <errno.h>

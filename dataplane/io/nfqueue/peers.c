@@ -1,6 +1,7 @@
-/* From worker to worker, without DPDK ports: a slot goes to its packet's owner, and the verdict that the owner sends
- * goes to the queue that the packet came from. The kernel wants it from the socket that has bound that queue, and takes
- * it from any thread. So nothing is copied and nothing enters the kernel twice.
+/* From worker to worker, without DPDK ports: a slot goes to its packet's owner, and the verdict that the
+ * owner sends goes to the queue that the packet came from. The kernel wants it from the socket that has
+ * bound that queue, and takes it from any thread. So nothing is copied and nothing enters the kernel
+ * twice.
  *
  *     queue 0 --slot--> worker 0 --inbox--> worker 2 --verdict, by the socket of queue 0--> kernel
  *        ^                                     |

@@ -5,9 +5,9 @@
  *                                                        |          \--> another worker (peers.c)
  *                                                        \--queue_inject()--> dsnat0
  *
- * There is a queue for each worker, and the kernel chooses one by a packet's addresses and protocol, in either direction
- * the same for the same pair. The reply's pair is another one, so it comes to its session's worker only by chance: who has
- * no session for a packet hands it over.
+ * There is a queue for each worker, and the kernel chooses one by a packet's addresses and protocol, in
+ * either direction the same for the same pair. The reply's pair is another one, so it comes to its
+ * session's worker only by chance: who has no session for a packet hands it over.
  *
  * Each packet sits in a *slot* from the moment it is received until its verdict is sent, which for one that
  * the core holds (NAT_HOLD) may be seconds. There are as many slots as the core may hold, and a burst more.

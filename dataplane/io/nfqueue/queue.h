@@ -62,11 +62,12 @@ struct queue {
 	uint64_t received_bytes[NAT_INTERFACES_MAX], sent_bytes[NAT_INTERFACES_MAX];
 };
 
-/* The number of the first worker's queue in the kernel, those of the others follow: also in nft.c's rules. One set
- * of queues for each network namespace. */
+/* The number of the first worker's queue in the kernel, those of the others follow: also in nft.c's rules.
+ * One set of queues for each network namespace. */
 #define QUEUE_FIRST 27400u
 
-/* Binds the queue and makes dsnat0; the first worker's queue is opened first. 0, or -1 and a sentence in `why`. */
+/* Binds the queue and makes dsnat0; the first worker's queue is opened first. 0, or -1 and a sentence in
+ * `why`. */
 int queue_open(struct queue *q, const struct queue_params *params, char *why, size_t why_bytes);
 /* When no worker runs any more. */
 void queue_close(struct queue *q);
@@ -90,7 +91,8 @@ bool queue_inject(struct queue *q, const struct nat_pkt *pkt);
 /* The loop of a worker without DPDK ports, until thread.stop. For pthread_create(). */
 void *queue_run(void *queue);
 
-/* Any thread: the i-th interface of the queue path, for show ports; false past the end. `q` is the first queue. */
+/* Any thread: the i-th interface of the queue path, for show ports; false past the end. `q` is the first
+ * queue. */
 bool queue_view(const struct queue *q, const struct route *route, uint32_t i, struct request_port *view);
 
 #endif

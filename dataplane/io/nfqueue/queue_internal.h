@@ -21,7 +21,8 @@ struct queue_slot {
 	_Alignas(8) uint8_t bytes[SLOT_BYTES];
 };
 
-/* In nlmsg_seq, which comes back with an error: what the packet was counted as, and in the upper half by whom. */
+/* In nlmsg_seq, which comes back with an error: what the packet was counted as, and in the upper half by
+ * whom. */
 #define SEQ_DROP    0u
 #define SEQ_FORWARD 1u
 #define SEQ_PASS    0x100u /* and the reason */

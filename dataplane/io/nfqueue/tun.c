@@ -1,6 +1,6 @@
-/* A write to a TUN descriptor is a packet that arrives on that interface, so the kernel routes it, finds the
- * neighbour, fragments, shapes, exactly as for any other. The rules of nft.c let what comes from dsnat0 pass:
- * it is translated already.
+/* A write to a TUN descriptor is a packet that arrives on that interface, so the kernel routes it, finds
+ * the neighbour, fragments, shapes, exactly as for any other. The rules of nft.c let what comes from
+ * dsnat0 pass: it is translated already.
  *
  * Its settings are made by netlink (IFLA_INET_CONF), not under /proc/sys, which is often read-only:
  *   forwarding    on: else the kernel drops what is not for itself

@@ -6,7 +6,8 @@
 
 #define TUN_NAME "dsnat0"
 
-/* Makes dsnat0, up and forwarding; its descriptor, or -1 and a sentence in `why`. It goes when that is closed. */
+/* Makes dsnat0, up and forwarding; its descriptor, or -1 and a sentence in `why`. It goes when that is
+ * closed. */
 int tun_open(char *why, size_t why_bytes);
 
 /* Makes the kernel forward what arrives on this interface. 0 or -errno; -ENODEV when it is not there. */

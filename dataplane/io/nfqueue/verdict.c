@@ -1,12 +1,12 @@
 /* What the kernel is told about its packets: verdicts, many of them in one sendmsg().
  *
- * A verdict that changes a packet carries all of it, and there is no message that changes several, so each packet has a
- * message of its own. They are gathered by the queue that the packets came from, which is nearly always our own
- * (peers.c).
+ * A verdict that changes a packet carries all of it, and there is no message that changes several, so each
+ * packet has a message of its own. They are gathered by the queue that the packets came from, which is
+ * nearly always our own (peers.c).
  *
- * Small packets are copied behind their verdict's header, so that the kernel reads one run of bytes (two vectors for each
- * of 32 packets cost it more than copying them costs us), and their slots are free at once. Of larger ones the bytes are
- * sent from the slot, which is free when they are sent.
+ * Small packets are copied behind their verdict's header, so that the kernel reads one run of bytes (two
+ * vectors for each of 32 packets cost it more than copying them costs us), and their slots are free at
+ * once. Of larger ones the bytes are sent from the slot, which is free when they are sent.
  */
 #include <arpa/inet.h>
 #include <errno.h>

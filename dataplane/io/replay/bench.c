@@ -4,8 +4,8 @@
  * The core may keep it (NAT_HOLD): the block is then the cookie that comes back from nat_engine_next(). All
  * others are freed when the next packet is given.
  *
- * With more than one worker a packet comes to the one that a NIC with RSS would choose, or for --spread to another,
- * and NAT_HANDOVER is followed at once: there are no rings, so nothing is ever in one.
+ * With more than one worker a packet comes to the one that a NIC with RSS would choose, or for --spread to
+ * another, and NAT_HANDOVER is followed at once: there are no rings, so nothing is ever in one.
  */
 #include <stdlib.h>
 #include <string.h>

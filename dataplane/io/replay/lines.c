@@ -7,9 +7,10 @@
  *
  *	{"verdict":"forward","reason":"ok","out":[{"if":"outside0","pkt":"45...","origin":"packet"}]}
  *
- * "out" also holds what the engine made ("origin":"engine") and held packets that it now lets go; held packets
- * that it now drops stand in "dropped", and what dsnatd would have written to its log in "log". A line that cannot be read is answered with {"error":"..."} and changes
- * nothing. Time never runs backwards: an earlier t_ns is such an error.
+ * "out" also holds what the engine made ("origin":"engine") and held packets that it now lets go; held
+ * packets that it now drops stand in "dropped", and what dsnatd would have written to its log in "log". A
+ * line that cannot be read is answered with {"error":"..."} and changes nothing. Time never runs
+ * backwards: an earlier t_ns is such an error.
  */
 #include <errno.h>
 #include <jansson.h>

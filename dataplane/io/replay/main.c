@@ -3,9 +3,9 @@
  *	dsnat-replay --config FILE --seed N --stdio
  *	dsnat-replay --config FILE --seed N --read inside0=in.pcap --write outside0=out.pcap
  *
- * It is a shell like io/dpdk, with nothing behind it: no thread, no clock, no kernel. Everything the engine may
- * ask of the world is answered from the command line and the input, so the same seed and the same input give
- * the same output, byte for byte.
+ * It is a shell like io/dpdk, with nothing behind it: no thread, no clock, no kernel. Everything the
+ * engine may ask of the world is answered from the command line and the input, so the same seed and the
+ * same input give the same output, byte for byte.
  *
  *	main.c     arguments, and what is read and written
  *	bench.c    engines, packets and what became of them
