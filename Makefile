@@ -45,7 +45,7 @@ lint: build ## ruff, mypy --strict, clang-format, and the rules of the house
 fmt: setup ## format Python and C in place
 	@.venv/bin/ruff format && .venv/bin/ruff check --fix && git ls-files '*.[ch]' | xargs .venv/bin/clang-format -i
 
-prove: setup ## machine-checked proofs: checksum, port sets, index; says what and for which bounds
+prove: setup ## machine-checked proofs: checksum, port sets, index, rewriting; says what and for which bounds
 	@$(PYTHON) -m tests.prove
 
 bench: build ## what a packet costs, beside the peers: .build/bench/bench.json and cycles.svg

@@ -66,9 +66,9 @@ class Timeouts(Model):
 class Limits(Model):
     sessions_per_host: Annotated[int, Field(ge=0)] | None = None
     new_per_host_per_s: Annotated[int, Field(ge=0)] | None = None
-    icmp_errors_per_s: Annotated[int, Field(ge=0)] | None = None
+    icmp_errors_per_s: Annotated[int, Field(ge=1)] | None = None
     held_ports: Annotated[int, Field(ge=0)] | None = None
-    fragments: Annotated[int, Field(ge=0)] | None = None
+    fragments: Annotated[int, Field(ge=16)] | None = None
 
 
 class Engine(Model):

@@ -279,7 +279,7 @@ static void read_timeouts(struct config *config, const struct node *node)
 
 /* ---- all of it ---- */
 
-/* The values of design.md: never below what RFC 4787, 5382, 5508 and 6888 ask. */
+/* Never below what RFC 4787, 5382, 5508 and 6888 ask; the table is in README.md, "Configuration". */
 static void set_defaults(struct nat_config *nat, struct nat_pool_config *pool, bool original)
 {
 	nat->max_sessions = MAX_SESSIONS_DEFAULT;

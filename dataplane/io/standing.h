@@ -2,11 +2,13 @@
  * (track_file).
  *
  *	   0   well
- *	 -80   a pool has no port left, and the peer holds the same sessions with more addresses, or at least no fewer
+ *	 -80   a pool had no port left within the last 30 s, and the peer holds the same sessions with more
+ *	       addresses, or at least no fewer
  *	 -90   a backup whose pools or zones are not the master's: another generation
- *	-100   a backup that does not have all of the master's sessions: it must not become master while that one lives
- *	-254   nothing is translated: a worker makes no rounds, or a whole side has no link. keepalived takes that as a fault,
- *	       and gives the addresses away at once, also without preemption
+ *	-100   a backup whose engine has just begun, or that does not have all of the master's sessions: it must
+ *	       not become master while that one lives
+ *	-254   nothing is translated: a worker makes no rounds, or a whole side has no link. keepalived takes that
+ *	       as a fault, and gives the addresses away at once, also without preemption
  *
  * The master's own word is the truth about its sessions, so it is never lowered for the sync's sake: when
  * the link between the two breaks nothing moves. Nor does anything move when the engine dies, because then

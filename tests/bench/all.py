@@ -1,6 +1,6 @@
 """`make bench`: all measurements, one part after the other; one that fails does not take the others with it.
 
-What is measured is built first, so that no part meets a program of another tree. A whole run takes about nine
+What is measured is built first, so that no part meets a program of another tree. A whole run takes about ten
 minutes; how long each part took is printed.
 
 Exit status: 0 all were measured, 1 one was not.

@@ -5,8 +5,8 @@
                           .3 [ gateway b ] .3
 
 VRRP addresses 100.64.0.1 and 198.51.100.1 move together (a sync group). The pool 198.51.100.200-203 lies in
-the outside prefix, so its addresses are known upstream by ARP, and belongs to who has 198.51.100.1. Sessions
-are not shared in this version: each probe of the client is a new one.
+the outside prefix, so its addresses are known upstream by ARP, and belongs to who has 198.51.100.1. This pair
+has no `sync`, and each probe of the client is a new session; pairs that share them are in test_pair_net.py.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ FLEET = """\
 schema: 1
 defaults:
   ssh: {{identity: {key}, connect_timeout: 60s}}
-  engine: {{workers: 1, max_sessions: {max_sessions}}}
+  engine: {{workers: 1, max_sessions: {max_sessions}, spare: {spare}}}
   rollout: {{confirm_within: {window_s}s}}
 pools:
   laddr_g1: {{addresses: [{pool}]}}
@@ -75,7 +75,7 @@ class Pair:
     ) -> None:
         self.folder, self.key, self.machines = folder, key, machines
         self.client, self.server = client, server
-        self.max_sessions, self.advert = 100_000, "2s"
+        self.max_sessions, self.advert, self.spare = 100_000, "2s", "off"
 
     def fleet(
         self,
@@ -84,7 +84,12 @@ class Pair:
         interface: str = "",
     ) -> Path:
         text = FLEET.format(
-            key=self.key, pool=pool, max_sessions=self.max_sessions, advert=self.advert, window_s=window_s
+            key=self.key,
+            pool=pool,
+            max_sessions=self.max_sessions,
+            spare=self.spare,
+            advert=self.advert,
+            window_s=window_s,
         )
         for n, machine in enumerate(self.machines, 1):
             assert machine.identity is not None
@@ -389,13 +394,26 @@ def test_no_connection_is_lost_when_the_master_loses_its_engine_stands_still_or_
         finally:
             os.kill(machine.pid, signal.SIGCONT)
 
+    def kill_engine(machine: Machine) -> None:
+        machine.ssh(pair.key, "systemctl", "kill", "--kill-whom=main", "--signal=KILL", "dsnatd")
+
+    def prepared(machine: Machine) -> bool:
+        return "is prepared to go on" in machine.ssh(pair.key, "journalctl -b -u dsnatd --no-pager").stdout
+
     faults: dict[str, Callable[[Machine], object]] = {
         "no fault": lambda _: time.sleep(10),
         "the engine restarted by systemd": lambda m: m.ssh(pair.key, "systemctl", "restart", "dsnatd"),
-        "the engine killed (SIGKILL)": lambda m: m.ssh(
-            pair.key, "systemctl", "kill", "--signal=KILL", "dsnatd"
-        ),
+        "the engine killed": kill_engine,
         "the whole gateway still for 15 s": stand_still,
         "power cut, and on again": lambda m: m.qmp("system_reset"),
     }
-    assert {what: phase(what, do) for what, do in faults.items()} == dict.fromkeys(faults, 0)
+    lost = {what: phase(what, do) for what, do in faults.items()}
+    pair.spare = "on"
+    pair.run(pair.fleet(), "push", "--yes")
+    machine = master()
+    wait_until("a prepared process", lambda: prepared(machine), deadline_s=PATIENCE_S)
+    lost["killed, a spare goes on"] = phase("the engine killed, a spare goes on", kill_engine)
+    assert (
+        "goes on" in machine.ssh(pair.key, "journalctl -b -u dsnatd --no-pager").stdout.split("has died")[-1]
+    )
+    assert not any(lost.values()), lost
