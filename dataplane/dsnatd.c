@@ -95,11 +95,14 @@ static void version(bool json)
 static void start_degraded(int argc, char **argv)
 {
 	char **again = calloc((size_t)argc + 2, sizeof *again);
+	int n = 0;
 
 	if (!again)
 		return;
-	memcpy(again, argv, (size_t)argc * sizeof *again);
-	again[argc] = (char[]){"--degraded"};
+	for (int i = 0; i < argc; i++) /* an heir was a spare, and is not any more */
+		if (strncmp(argv[i], "--spare=", strlen("--spare=")) != 0)
+			again[n++] = argv[i];
+	again[n] = (char[]){"--degraded"};
 	daemon_say("DEGRADED: going on without DPDK; the kernel keeps all ports, which is slower");
 	execv("/proc/self/exe", again);
 	free(again);
@@ -201,7 +204,7 @@ int main(int argc, char **argv)
 		return daemon_fail(NO_DEVICE, why);
 	may_degrade = config->nat.may_degrade && !d.options.degraded;
 	status = daemon_serve(&d);
-	if (status == NO_DEVICE && may_degrade)
+	if (status == NO_DEVICE && may_degrade && (!d.options.spare_of || d.is_heir))
 		start_degraded(argc, argv);
 	return status;
 }

@@ -100,6 +100,7 @@ void nat_begin_plan(struct nat_engine *e, struct nat_pkt *pkt, const uint32_t *a
 		note->forecast = note->cursor;
 		plan[i].host = nat_host_fetch(e, p->tuple.local_be);
 		plan[i].counter = e->random.counter + i;
+		plan[i].n_sets_made = e->portsets.n_made;
 		plan[i].plain = engine_plain && is_packet_plain(p) && is_pool_plain(pool_of(e, p));
 		fetch_other_bucket(e, p->hash);
 		if (pool_of(e, p)->mapping == NAT_ENDPOINT_DEPENDENT)
@@ -136,7 +137,7 @@ bool nat_begin(struct nat_engine *e, struct nat_pkt *pkt, const struct nat_plan 
 	const struct nat_bucket *bucket = nat_index_bucket(&e->index, pkt->hash);
 
 	if (!plan->plain || e->random.counter != plan->counter || note->cursor != plan->turn ||
-	    (e->workers && e->asked.n != 0))
+	    e->portsets.n_made != plan->n_sets_made || (e->workers && e->asked.n != 0))
 		return false;
 	if (nat_bucket_ways(bucket, nat_index_tag(pkt->hash)) != 0 || (again && bucket->strangers != 0))
 		return false;

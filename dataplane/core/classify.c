@@ -33,6 +33,21 @@ static bool may_be_asked(const struct nat_policy *policy, const struct nat_pkt *
 	return nat_policy_static(policy, 0, pkt->tuple.local_be, 0, 0) != NULL;
 }
 
+/* RFC 5508 REQ-5: the mapping of the quoted packet decides about an ICMP error, whatever address the
+ * router has that complains. Only for what is translated: a quote is easily made up, and must open no way
+ * that the zone of the sender itself does not. */
+static uint32_t zone_inside(const struct nat_policy *policy, const struct nat_pkt *pkt)
+{
+	const uint32_t remote = NAT_NTOH32(pkt->tuple.remote_be);
+	const uint32_t zone = nat_policy_zone(policy, NAT_NTOH32(pkt->tuple.local_be), remote);
+
+	if (!(pkt->stage_flags & NAT_STAGE_ICMP_ERROR) ||
+	    (zone != NAT_NO_ZONE && policy->zone[zone].config.action == NAT_ACTION_DROP))
+		return zone;
+	const uint32_t quoted = nat_policy_zone(policy, NAT_NTOH32(nat_icmp_quoted_host(pkt)), remote);
+	return quoted != NAT_NO_ZONE && policy->zone[quoted].config.action == NAT_ACTION_POOL ? quoted : zone;
+}
+
 static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
 {
 	const struct nat_policy *policy = e->policy;
@@ -48,11 +63,7 @@ static void classify_inside(struct nat_engine *e, struct nat_pkt *pkt)
 		nat_pass(pkt, NAT_REASON_LOCAL);
 		return;
 	}
-	/* RFC 5508 REQ-5: the mapping of the quoted packet decides, whatever address the router has that
-	 * complains. */
-	const uint32_t host_be =
-		pkt->stage_flags & NAT_STAGE_ICMP_ERROR ? nat_icmp_quoted_host(pkt) : pkt->tuple.local_be;
-	pkt->zone = nat_policy_zone(policy, NAT_NTOH32(host_be), NAT_NTOH32(pkt->tuple.remote_be));
+	pkt->zone = zone_inside(policy, pkt);
 	if (pkt->zone == NAT_NO_ZONE) {
 		nat_drop(pkt, NAT_REASON_NO_ZONE);
 		return;

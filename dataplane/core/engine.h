@@ -280,6 +280,7 @@ static inline void nat_tuple_turn(struct nat_tuple *tuple)
 struct nat_plan {
 	uint64_t counter;                   /* of the random number that it will draw */
 	uint64_t hash;                      /* of its outside tuple */
+	uint32_t n_sets_made;               /* by then: a later one may hold its port */
 	uint32_t turn, next_turn;           /* where its zone's cursor must stand, and where it will */
 	uint32_t address, address_be, host; /* the address's number, the host's home */
 	uint16_t port_be;

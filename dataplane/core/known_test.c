@@ -115,7 +115,8 @@ static void compare_outboxes(struct testbed *a, struct testbed *b)
 	}
 }
 
-static void run(enum nat_mapping_kind mapping, enum nat_filtering filtering, uint16_t last_port)
+/* `forgets`: sets of ports are made anew all the time, as after a reload, and for one address only. */
+static void run(enum nat_mapping_kind mapping, enum nat_filtering filtering, uint16_t last_port, bool forgets)
 {
 	const bool scarce =
 		last_port < 2063; /* time hardly moves: a wheel that is behind is turned when ports are out */
@@ -126,7 +127,7 @@ static void run(enum nat_mapping_kind mapping, enum nat_filtering filtering, uin
 	uint32_t at = 0;
 
 	for (int i = 0; i < 2; i++) {
-		testbed_config(&t[i], 2, 2000, last_port, 4096);
+		testbed_config(&t[i], forgets ? 1 : 2, 2000, last_port, 4096);
 		t[i].pool.mapping = mapping;
 		t[i].pool.filtering = filtering;
 		testbed_start(&t[i], now_ns);
@@ -146,6 +147,8 @@ static void run(enum nat_mapping_kind mapping, enum nat_filtering filtering, uin
 							     .flags = k ? NAT_PKT_TAKEN_OVER : 0};
 		}
 		now_ns += scarce || chance(8) ? 1000 : chance(2) ? SECOND_NS / 4 : chance(8) * 10 * SECOND_NS;
+		for (int i = 0; i < 2 && forgets; i++)
+			nat_portsets_forget(t[i].e);
 		nat_engine_run(t[0].e, pkt[0], n, now_ns);
 		nat_engine_run(t[1].e, pkt[1], n, now_ns);
 		for (uint32_t i = 0; i < n; i++) {
@@ -176,12 +179,13 @@ static void run(enum nat_mapping_kind mapping, enum nat_filtering filtering, uin
 
 int main(void)
 {
-	run(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT,
-	    2024); /* sets of ports, at last refusals */
-	run(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 2063);
-	run(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 2255);
-	run(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 65535);
-	run(NAT_ENDPOINT_INDEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 2063);
-	run(NAT_ENDPOINT_INDEPENDENT, NAT_FILTER_ADDRESS, 2063);
+	run(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 2024,
+	    false); /* sets of ports, at last refusals */
+	run(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 2063, false);
+	run(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 2063, true);
+	run(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 2255, false);
+	run(NAT_ENDPOINT_DEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 65535, false);
+	run(NAT_ENDPOINT_INDEPENDENT, NAT_FILTER_ENDPOINT_INDEPENDENT, 2063, false);
+	run(NAT_ENDPOINT_INDEPENDENT, NAT_FILTER_ADDRESS, 2063, false);
 	return 0;
 }

@@ -108,6 +108,7 @@ static struct nat_portset *make_set(struct nat_engine *e, const struct nat_tuple
 	uint32_t *chain = chain_of(e, outside->local_be, outside->remote_be, outside->remote_port_be,
 				   outside->protocol);
 
+	e->portsets.n_made++;
 	set->address_be = outside->local_be;
 	set->remote_be = outside->remote_be;
 	set->remote_port_be = outside->remote_port_be;

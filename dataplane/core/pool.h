@@ -54,6 +54,7 @@ struct nat_portsets {
 	struct nat_portset *set;
 	uint32_t *bucket; /* heads of chains, number + 1 */
 	uint32_t n_sets, bucket_mask, n_used, hand;
+	uint32_t n_made; /* ever: who has looked for a set finds out that there may be one now */
 	uint32_t clock;
 	struct nat_trial_set trial[NAT_TRIAL_SETS];
 	uint32_t n_trial, trial_hand;

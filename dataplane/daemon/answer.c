@@ -129,6 +129,7 @@ static bool on_apply(void *context, struct config *next, char *why, size_t why_b
 	(void)daemon_pools_follow(d, plan);
 	nat_table_bind(d->table, plan->policy);
 	d->plan = plan;
+	daemon_end_spare(d); /* the next one reads the new file */
 	for (uint32_t w = 0; w < d->n_workers; w++)
 		atomic_store_explicit(&d->workers[w].thread.next_plan, plan, memory_order_release);
 	daemon_retire(d, daemon_plan_free, old);
@@ -183,7 +184,7 @@ void daemon_reload(struct daemon *d)
 			daemon_say(why);
 		else
 			next = NULL; /* it is the plan's now */
-		daemon_end_spare(d); /* the next one reads the new file */
+		daemon_end_spare(d); /* also where the file was refused: it may be another one now */
 	}
 	if (next)
 		config_free(next);

@@ -62,6 +62,7 @@ struct spare {
 	int will_fd, predecessor_fd;
 	pid_t pid;        /* who waits for our end; 0: nobody */
 	uint64_t next_ns; /* not before that one is started */
+	uint32_t again_s; /* after one that ended by itself */
 	bool refused;     /* with the configuration that is there it would not be ours */
 };
 

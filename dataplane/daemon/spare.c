@@ -37,11 +37,12 @@
 #include "../io/dpdk/eal.h"
 #include "daemon.h"
 
-#define FIRST_S    2u   /* after the start: the first packets come first */
-#define AGAIN_S    10u  /* after a spare that ended by itself */
-#define LOOK_MS    100u /* how often one that waits looks for signals */
-#define END_MS     10000
-#define MAIN_HOLDS 0u /* worker w holds the one behind it, w + 1 */
+#define FIRST_S     2u  /* after the start: the first packets come first */
+#define AGAIN_S     10u /* after a spare that ended by itself; each time twice as long */
+#define AGAIN_MAX_S 640u
+#define LOOK_MS     100u /* how often one that waits looks for signals */
+#define END_MS      10000
+#define MAIN_HOLDS  0u /* worker w holds the one behind it, w + 1 */
 
 enum inherited { WILL_FD = 3, SESSIONS_FD, LISTENER_FD, FIRST_OTHER_FD };
 
@@ -147,6 +148,25 @@ static void start_spare(struct daemon *d)
 	free(argv);
 }
 
+/* An heir goes by the file. One that the running process would not follow is for a restart, not for a death. */
+static bool is_file_ours(struct daemon *d)
+{
+	struct config *file = config_load(d->path, d->ops->config_flags);
+	char why[256];
+	bool ours;
+
+	if (!file)
+		return false;
+	ours = !file->n_errors && config_can_follow(d->plan->config, file, why, sizeof why);
+	config_free(file);
+	if (!ours)
+		fprintf(stderr,
+			"dsnatd: %s cannot be followed without a restart; no process is prepared until the "
+			"next reload\n",
+			d->path);
+	return ours;
+}
+
 void daemon_follow_spare(struct daemon *d)
 {
 	struct spare *s = &d->spare;
@@ -160,13 +180,19 @@ void daemon_follow_spare(struct daemon *d)
 			s->refused ? "; the next one is prepared after a reload"
 				   : "; the next one is prepared");
 		s->pid = 0;
-		s->next_ns = now_ns + AGAIN_S * 1000000000ull;
+		s->again_s = s->again_s == 0                ? AGAIN_S
+			     : 2 * s->again_s > AGAIN_MAX_S ? AGAIN_MAX_S
+							    : 2 * s->again_s;
+		s->next_ns = now_ns + s->again_s * 1000000000ull;
 	}
 	if (!wanted)
 		daemon_end_spare(d);
 	else if (!s->pid && !s->refused && now_ns >= s->next_ns) {
 		s->next_ns = now_ns + AGAIN_S * 1000000000ull;
-		start_spare(d);
+		if (is_file_ours(d))
+			start_spare(d);
+		else
+			s->refused = true;
 	}
 }
 
@@ -181,7 +207,7 @@ void daemon_end_spare(struct daemon *d)
 	}
 	s->pid = 0;
 	s->refused = false;
-	s->next_ns = 0;
+	s->next_ns = s->again_s = 0;
 }
 
 void daemon_drop_will(struct daemon *d)

@@ -138,7 +138,14 @@ def test_a_prepared_process_goes_on_with_every_connection_and_prepares_the_next_
     first = gateway.pid()
     moment_s = time.monotonic()
     second = going_on(gateway, first)
+    # a reload by the control socket, too, ends the one that knows the old file
+    of_second = f"prepared to go on for process {second}\n"
+    wait_until("one with the old file", lambda: of_second in gateway.daemon.text(), deadline_s=60)
+    gateway.file.write_text(text.replace("203.0.113.1-203.0.113.4]", "203.0.113.1-203.0.113.9]"))
+    gateway.ask(cmd="reload")
+    wait_until("one with the new", lambda: gateway.daemon.text().count(of_second) == 2, deadline_s=60)
     third = going_on(gateway, second)
+    assert len(gateway.show("pools")["pools"][0]["addresses"]) == 9
     assert gateway.daemon.wait(timeout_s=10) == -signal.SIGKILL
     assert gateway.daemon.text().count("going on with the sessions") == 2
     connections.dark_s(moment_s)

@@ -259,6 +259,25 @@ def test_rfc5508_req5_a_router_inside_that_no_zone_names_is_heard(bench: Start, 
     assert (other.verdict, other.reason) == ("drop", "no_zone"), "nobody's packet is quoted"
 
 
+@pytest.mark.parametrize(("action", "fate"), [("drop", ("drop", "zone_drop")), ("pass", ("drop", "no_zone"))])
+def test_rfc5508_req5_a_made_up_quote_opens_no_way_that_the_senders_zone_does_not(
+    bench: Start, action: str, fate: tuple[str, str]
+) -> None:
+    """A quoted host that is passed untranslated, or translated, vouches for nobody else."""
+    zones = {"drop": "100.64.7.0/24", "pass": "100.64.8.0/24"}
+    text = configuration(ED)
+    for word, source in zones.items():
+        text = text.replace("zones:\n", f"zones:\n  - {{source: {source}, action: {word}}}\n", 1)
+    replay = bench(text)
+    sender = {"drop": "100.64.7.7", "pass": "10.255.0.1"}[action]
+    quoted = {"drop": HOST, "pass": "100.64.8.8:7"}[action]
+    sent = replay.send(udp(f"{HOST} > {REMOTE}"))
+    reply = replay.send(udp(f"{REMOTE} > {outside(sent)}"), on="outside0").out[0].raw
+    quote = reply if quoted == HOST else udp(f"{REMOTE} > {quoted}")
+    answer = replay.send(icmp_error(f"{sender} > 198.51.100.1", 3, 4, quote))
+    assert (answer.verdict, answer.reason) == fate
+
+
 @BOTH
 @pytest.mark.parametrize("sender", ["100.64.0.2", "100.64.9.9"])
 def test_rfc5508_req5_an_error_from_inside_goes_to_whom_it_quotes_or_nowhere(

@@ -58,6 +58,12 @@
 
 /* ---- out of a port ---- */
 
+/* An advert finds a place also where answers to ARP wait. */
+static uint32_t places_for(enum twin_class class)
+{
+	return class == TWIN_URGENT ? WORKER_LATE_MAX : class == TWIN_CONTROL ? WORKER_LATE_MAX / 2 : 0;
+}
+
 /* What a full queue of the port refuses is dropped, but for a few frames of the kernel that others wait
  * for: an advert is not to be lost in a flood that fills the link. They stay, and go before all others
  * next time. */
@@ -70,8 +76,7 @@ static void out_refused(struct worker *w, struct port *port, struct out *out, ui
 
 		if (out->pkt[i]) {
 			nat_engine_undo(w->thread.engine, out->pkt[i], NAT_REASON_TX_FULL);
-		} else if (kept < WORKER_LATE_MAX && atomic_load(&port->up) &&
-			   twin_class_of(m) != TWIN_REST) {
+		} else if (atomic_load(&port->up) && kept < places_for(twin_class_of(m))) {
 			out->m[kept] = m;
 			out->pkt[kept++] = NULL;
 			continue;
